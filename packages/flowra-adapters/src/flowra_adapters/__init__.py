@@ -1,0 +1,51 @@
+"""Adapters for any PyTorch model, with the files every reader understands.
+
+An adapter *method* supplies its mathematics (:class:`Adapter`); attaching, merging, resizing and saving exist once,
+for every method and layer type. The base model keeps its module names, classes and parameters: an adapter is a child
+of the layer it adapts, and its update is added to the layer's output.
+"""
+
+from importlib.metadata import version
+
+from flowra_adapters.adapter import Adapter
+from flowra_adapters.attach import METHODS, adapters, attach, detach, disable, disabled, enable
+from flowra_adapters.lora import LoRA
+from flowra_adapters.matching import adaptable_modules, match_modules
+from flowra_adapters.merge import merge, merged, unmerge
+from flowra_adapters.peft_format import (
+    AdapterCheckpoint,
+    checkpoint_of,
+    load_adapter,
+    read_checkpoint,
+    save_adapter,
+    write_checkpoint,
+)
+
+__all__ = [
+    # the seam of a method, and the methods
+    "METHODS",
+    "Adapter",
+    # files
+    "AdapterCheckpoint",
+    "LoRA",
+    # putting adapters on a model
+    "adaptable_modules",
+    "adapters",
+    "attach",
+    "checkpoint_of",
+    "detach",
+    "disable",
+    "disabled",
+    "enable",
+    "load_adapter",
+    "match_modules",
+    # putting updates into weights
+    "merge",
+    "merged",
+    "read_checkpoint",
+    "save_adapter",
+    "unmerge",
+    "write_checkpoint",
+]
+
+__version__ = version("flowra-adapters")

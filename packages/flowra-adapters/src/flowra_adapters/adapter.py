@@ -1,0 +1,56 @@
+"""The seam between a method and the machinery.
+
+A method says how its update is parameterised, applied, materialised, resized and counted. It never touches the layer
+it adapts: the machinery in :mod:`flowra_adapters.attach`, :mod:`flowra_adapters.merge` and
+:mod:`flowra_adapters.peft_format` does that once for all methods.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+__all__ = ["Adapter"]
+
+
+class Adapter(nn.Module, ABC):
+    """One method's update of one layer's weight.
+
+    Attributes:
+        scaling: the factor ``s`` of the update. Fixed at birth: it does not depend on the current rank, so that growing
+            or shrinking never rescales the directions that stay.
+        enabled: whether the layer adds this update to its output.
+    """
+
+    scaling: float
+    enabled: bool
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """Current rank, ≥ 0. An adapter of rank 0 holds no parameters and contributes nothing, but may grow."""
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the update to the layer's input; the result is added to the layer's output."""
+
+    @abstractmethod
+    def delta_weight(self) -> Tensor:
+        """Materialise ΔW in the layout of the layer's weight and the dtype of the adapter (at least float32)."""
+
+    @abstractmethod
+    def grow(self, rows: Tensor) -> None:
+        """Append directions given by their input side; the output does not change."""
+
+    @abstractmethod
+    def shrink(self, keep: Sequence[int]) -> None:
+        """Keep the directions with these indices, in this order, and drop the others."""
+
+    @property
+    @abstractmethod
+    def cost_per_rank(self) -> int:
+        """Parameters that one more unit of rank costs."""
+
+    def num_parameters(self) -> int:
+        """Count the adapter's parameters at its current rank."""
+        return sum(parameter.numel() for parameter in self.parameters())

@@ -1,0 +1,246 @@
+"""Put adapters on a model and take them off again.
+
+A layer keeps its place, class and parameters; it gains a child ``adapters`` that holds its adapters by name, and one
+forward hook that adds their updates to its output. So the base's state dict keys do not change, code that reads
+``layer.weight`` keeps working, and taking adapters off restores the model object as it was.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowra_adapters.adapter import Adapter
+from flowra_adapters.lora import LoRA
+from flowra_adapters.matching import adaptable_modules, match_modules
+
+__all__ = ["METHODS", "adapters", "attach", "detach", "disable", "disabled", "enable"]
+
+METHODS: Mapping[str, Callable[..., Adapter]] = MappingProxyType({"lora": LoRA})
+
+
+class AdapterDict(nn.ModuleDict):
+    """The adapters of one layer, by name, and what merging them needs to remember."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.merged: tuple[str, ...] = ()
+        self.kept_weight: Tensor | None = None
+        self.hook: torch.utils.hooks.RemovableHandle | None = None
+
+    def active(self) -> dict[str, Adapter]:
+        """Return the adapters whose update must be added to the output now."""
+        return {
+            name: adapter
+            for name, adapter in self.items()
+            if isinstance(adapter, Adapter) and adapter.enabled and adapter.rank > 0 and name not in self.merged
+        }
+
+
+def attach(
+    model: nn.Module,
+    ranks: Mapping[str, int],
+    *,
+    method: str = "lora",
+    scaling: float = 2.0,
+    dropout: float = 0.0,
+    modules_to_save: Iterable[str] = (),
+    adapter: str = "default",
+    dtype: torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+) -> dict[str, Adapter]:
+    """Attach an adapter to each named module, and freeze the base.
+
+    After the call only adapters and ``modules_to_save`` have ``requires_grad``. The model's output is unchanged.
+    Nothing is changed if an argument is wrong.
+
+    Args:
+        model: changed in place.
+        ranks: exact module name or pattern (see :func:`match_modules`) to rank; an exact name wins over patterns.
+            Rank 0 attaches an empty adapter that may grow later.
+        method: name of the adapter method, a key of :data:`METHODS`.
+        scaling: s of ΔW = s · B A, fixed for the life of the adapter.
+        dropout: probability in [0, 1) of dropping an input element on the adapter's path, in training.
+        modules_to_save: qualified names of modules trained in full, such as a new head.
+        adapter: name of this set of adapters.
+        dtype: of the adapter's tensors; by default that of the layer's weight, but at least float32.
+        generator: source of randomness, by default one seeded with 0.
+
+    Returns:
+        The new adapters by module name, in the model's own order.
+
+    Raises:
+        ValueError: if a pattern matches nothing or two patterns disagree, a rank is out of range, a name is taken, or
+            the method is unknown.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {sorted(METHODS)}, got {method!r}")
+    if not adapter or "." in adapter:
+        raise ValueError(f"adapter must be a name without dots, got {adapter!r}")
+    to_save = [_submodule(model, name, "modules_to_save") for name in modules_to_save]
+    resolved = _resolve(model, ranks)
+    modules = adaptable_modules(model)
+    taken = [name for name in resolved if adapter in getattr(modules[name], "adapters", {})]
+    if taken:
+        raise ValueError(f"adapter must be a new name, got {adapter!r}, which is already attached to {taken[0]!r}")
+    generator = generator or torch.Generator().manual_seed(0)
+    created = {}
+    for name, rank in resolved.items():
+        layer = modules[name]
+        assert isinstance(layer, nn.Linear)
+        try:
+            created[name] = METHODS[method](
+                layer.in_features,
+                layer.out_features,
+                rank=rank,
+                scaling=scaling,
+                dropout=dropout,
+                dtype=dtype or torch.promote_types(layer.weight.dtype, torch.float32),
+                generator=generator,
+            )
+        except ValueError as error:
+            raise ValueError(f"{error}; for module {name!r}. Choose another value or exclude the module.") from None
+    _freeze_base(model)
+    for module in to_save:
+        module.requires_grad_(True)
+    for name, new in created.items():
+        layer = modules[name]
+        assert isinstance(layer.weight, Tensor)
+        _adapter_dict(layer)[adapter] = new.to(device=layer.weight.device).train(layer.training)
+    return created
+
+
+def adapters(model: nn.Module, adapter: str = "default") -> dict[str, Adapter]:
+    """Return the attached adapters of this name by module name, in the model's own order.
+
+    Raises:
+        ValueError: if no adapter of this name is attached.
+    """
+    found = {}
+    for name, layers_adapters in adapter_dicts(model).items():
+        if adapter in layers_adapters:
+            one = layers_adapters[adapter]
+            assert isinstance(one, Adapter)
+            found[name] = one
+    if not found:
+        known = sorted({key for each in adapter_dicts(model).values() for key in each})
+        raise ValueError(f"adapter must be attached to the model, got {adapter!r}; attached: {known or 'none'}")
+    return found
+
+
+def adapter_dicts(model: nn.Module) -> dict[str, AdapterDict]:
+    """Return what hangs on each adapted module, by module name."""
+    found = {}
+    for name, module in model.named_modules():
+        candidate = getattr(module, "adapters", None)
+        if isinstance(candidate, AdapterDict):
+            found[name] = candidate
+    return found
+
+
+def enable(model: nn.Module, adapter: str = "default") -> None:
+    """Add this adapter's updates to the outputs again. The adapter must be attached."""
+    for one in adapters(model, adapter).values():
+        one.enabled = True
+
+
+def disable(model: nn.Module, adapter: str = "default") -> None:
+    """Leave this adapter's updates out: the model answers as without it.
+
+    Raises:
+        ValueError: if the adapter is merged; unmerge it first.
+    """
+    merged_in = [name for name, held in adapter_dicts(model).items() if adapter in held.merged]
+    if merged_in:
+        raise ValueError(
+            f"adapter must not be merged, got {adapter!r}, merged into {merged_in[0]!r}. Unmerge it first."
+        )
+    for one in adapters(model, adapter).values():
+        one.enabled = False
+
+
+@contextmanager
+def disabled(model: nn.Module, adapter: str = "default") -> Iterator[None]:
+    """Leave this adapter's updates out inside the ``with`` block, and restore the previous state after it."""
+    before = {name: one.enabled for name, one in adapters(model, adapter).items()}
+    disable(model, adapter)
+    try:
+        yield
+    finally:
+        for name, one in adapters(model, adapter).items():
+            one.enabled = before[name]
+
+
+def detach(model: nn.Module) -> None:
+    """Take all adapters off.
+
+    Merged updates stay in the weights; unmerged ones are gone. Frozen parameters stay frozen.
+    """
+    for name, held in adapter_dicts(model).items():
+        assert held.hook is not None
+        held.hook.remove()
+        del model.get_submodule(name).adapters
+
+
+def _resolve(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
+    """Turn names and patterns into exact names; an exact name wins, patterns must agree."""
+    if not ranks:
+        raise ValueError("ranks must name at least one module or pattern, got none")
+    for pattern, rank in ranks.items():
+        if isinstance(rank, bool) or not isinstance(rank, int):
+            raise ValueError(f"rank must be a whole number, got {rank!r} for {pattern!r}")
+    order = list(adaptable_modules(model))
+    known = set(order)
+    by_pattern: dict[str, tuple[str, int]] = {}
+    patterns = {pattern: rank for pattern, rank in ranks.items() if pattern not in known}
+    if patterns:
+        match_modules(model, patterns)  # reports every pattern that matches nothing at once
+    for pattern, rank in patterns.items():
+        for name in match_modules(model, [pattern]):
+            other = by_pattern.setdefault(name, (pattern, rank))
+            if other[1] != rank and name not in ranks:
+                raise ValueError(
+                    f"patterns must agree on a rank, got {other[0]!r}: {other[1]} and {pattern!r}: {rank} for {name!r}"
+                )
+    return {
+        name: ranks[name] if name in ranks else by_pattern[name][1]
+        for name in order
+        if name in ranks or name in by_pattern
+    }
+
+
+def _submodule(model: nn.Module, name: str, argument: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        children = [child for child, _ in model.named_children()]
+        raise ValueError(f"{argument} must name modules of the model, got {name!r}. Top level: {children}") from None
+
+
+def _freeze_base(model: nn.Module) -> None:
+    in_adapters = {id(parameter) for held in adapter_dicts(model).values() for parameter in held.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in in_adapters:
+            parameter.requires_grad_(False)
+
+
+def _adapter_dict(layer: nn.Module) -> AdapterDict:
+    """Return the layer's adapters; the first call gives it an empty dict and the hook."""
+    existing = getattr(layer, "adapters", None)
+    if isinstance(existing, AdapterDict):
+        return existing
+    created = AdapterDict()
+    layer.adapters = created
+    created.hook = layer.register_forward_hook(_add_updates, with_kwargs=True)
+    return created
+
+
+def _add_updates(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    held = layer.adapters
+    assert isinstance(held, AdapterDict)
+    for adapter in held.active().values():
+        output = output + adapter(args[0] if args else kwargs["input"]).to(output.dtype)
+    return output

@@ -1,0 +1,1 @@
+"""flowra_compose."""
