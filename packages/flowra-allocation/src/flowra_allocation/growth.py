@@ -1,0 +1,57 @@
+"""Where a module would grow: the part of its gradient that its adapter cannot follow (METHODS 8.11).
+
+With P_A and P_B the projectors on the rows of A and the columns of B, the normal component N = (I − P_B) G (I − P_A) of
+the weight gradient G is what no change of A and B can use to first order. Its leading right singular vector is the row
+to add to A (GradMax, Evci et al. 2022, section 3; normal component as in Riemannian rank-adaptive methods).
+G is never formed: two streamed sketches Y = N Ω and Z = Ψ N recover N ≈ Q (ΨQ)⁺ Z with Q = orth(Y) (Tropp et al. 2017,
+SIAM J. Matrix Anal. Appl. 38, algorithm 7). Memory q (m + 2n).
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["GradientSketch"]
+
+
+class GradientSketch:
+    """Streaming sketch of the normal component of one module's weight gradient.
+
+    Args:
+        lora_A: ``(r, n)``, r ≥ 0.
+        lora_B: ``(m, r)``.
+        size: q, number of probes; the approximation is exact for gradients of rank ≤ q.
+        generator: source of randomness.
+    """
+
+    def __init__(self, lora_A: Tensor, lora_B: Tensor, *, generator: torch.Generator, size: int = 10) -> None:
+        n, m = lora_A.shape[1], lora_B.shape[0]
+        size = min(size, m, n)
+        self._basis_A = _basis(lora_A.float().T)  # (n, r)
+        self._basis_B = _basis(lora_B.float())  # (m, r')
+        device = lora_A.device
+        omega = torch.randn(n, size, generator=generator).to(device)
+        psi = torch.randn(min(2 * size + 1, m), m, generator=generator).to(device)
+        self._omega = omega - self._basis_A @ (self._basis_A.T @ omega)
+        self._psi = psi - (psi @ self._basis_B) @ self._basis_B.T
+        self._y = torch.zeros(m, size, device=device)
+        self._z = torch.zeros(len(psi), n, device=device)
+
+    def update(self, x: Tensor, gradient: Tensor) -> None:
+        """Add a batch: inputs ``(tokens, n)`` and output gradients ``(tokens, m)``; G = Σ gradient xᵀ."""
+        x, gradient = x.float(), gradient.float()
+        self._y += gradient.T @ (x @ self._omega)
+        self._z += (self._psi @ gradient.T) @ x
+
+    def leading_direction(self) -> tuple[float, Tensor]:
+        """Return σ₁(N)² and the leading right singular vector ``(n,)``, of norm 1, orthogonal to the rows of A."""
+        y = (self._y - self._basis_B @ (self._basis_B.T @ self._y)).double()
+        z = (self._z - (self._z @ self._basis_A) @ self._basis_A.T).double()
+        q, _ = torch.linalg.qr(y)
+        _, sigma, vt = torch.linalg.svd(torch.linalg.pinv(self._psi.double() @ q) @ z, full_matrices=False)
+        return float(sigma[0] ** 2), vt[0].float()
+
+
+def _basis(columns: Tensor) -> Tensor:
+    """Return an orthonormal basis ``(size, rank)`` of the span of the columns; zero columns span nothing."""
+    u, sigma, _ = torch.linalg.svd(columns, full_matrices=False)
+    return u[:, sigma > 1e-6 * sigma.max()] if sigma.numel() and sigma.max() > 0 else columns[:, :0]

@@ -1,0 +1,130 @@
+"""Gather bottleneck Grams, and where wanted gradient sketches, while a model runs forward and backward.
+
+Nothing is recomputed: z and ∂ℓ/∂z pass by in training anyway. Passes without gradient (evaluation, the first pass under
+gradient checkpointing) are not counted.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from types import TracebackType
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from flowra_allocation.bottleneck_gram import BottleneckGram
+from flowra_allocation.growth import GradientSketch
+
+__all__ = ["BottleneckObserver", "ObservableLayer"]
+
+
+class ObservableLayer(Protocol):
+    """A layer that shows its bottleneck activation z = A x to an observer."""
+
+    observer: Callable[[Tensor], None] | None
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+
+class BottleneckObserver:
+    """Collect statistics of named layers inside a ``with`` block.
+
+    Args:
+        model: whose forward calls delimit batches; ``attention_mask`` ``(N, T)`` among its keyword arguments marks
+            padding, which is left out.
+        layers: module name in the model to the adapter on it.
+        loss: ``"mean"`` if the loss is a mean over the examples of a batch (gradients are then multiplied by the batch
+            size, to be those of each example's own loss), ``"sum"`` if it is a sum.
+        sketch: also sketch the gradient that the adapters cannot follow, for growth.
+        generator: source of randomness of the sketches; required with ``sketch``.
+
+    Attributes:
+        grams: module name to a list with one entry per batch.
+        sketches: module name to sketch, empty unless asked for.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, ObservableLayer],
+        *,
+        loss: Literal["mean", "sum"],
+        sketch: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.grams: dict[str, list[BottleneckGram]] = {name: [] for name in layers}
+        self.sketches: dict[str, GradientSketch] = {}
+        self._model = model
+        self._layers = layers
+        self._loss = loss
+        self._mask: Tensor | None = None
+        self._examples = 1
+        self._stack = ExitStack()
+        if sketch:
+            assert generator is not None
+            self.sketches = {
+                name: GradientSketch(layer.lora_A.detach(), layer.lora_B.detach(), generator=generator)
+                for name, layer in layers.items()
+            }
+
+    def total(self) -> dict[str, BottleneckGram]:
+        """Sum the batches, for the modules that were seen at all.
+
+        Returns:
+            Module name to Gram.
+
+        Raises:
+            ValueError: if nothing was seen.
+        """
+        totals = {name: sum(grams[1:], grams[0]) for name, grams in self.grams.items() if grams}
+        if not totals:
+            raise ValueError("observer must see at least one forward and backward pass, got none")
+        return totals
+
+    def __enter__(self) -> "BottleneckObserver":
+        handle = self._model.register_forward_pre_hook(self._begin_batch, with_kwargs=True)
+        self._stack.callback(handle.remove)
+        for name, layer in self._layers.items():
+            if len(layer.lora_A) > 0:
+                layer.observer = partial(self._see_bottleneck, name)
+                self._stack.callback(setattr, layer, "observer", None)
+        for name in self.sketches:
+            module = self._model.get_submodule(name)
+            self._stack.callback(module.register_forward_hook(partial(self._see_layer, name)).remove)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def _begin_batch(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 0]
+        self._examples = len(tensors[0]) if tensors else 1
+        mask = kwargs.get("attention_mask")
+        self._mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+    def _see_bottleneck(self, name: str, z: Tensor) -> None:
+        if z.requires_grad and torch.is_grad_enabled():
+            seen = z.detach()
+            z.register_hook(partial(self._add_gram, name, seen, self._mask, self._examples))  # type: ignore[no-untyped-call]
+
+    def _add_gram(self, name: str, z: Tensor, mask: Tensor | None, examples: int, delta: Tensor) -> None:
+        scale = examples if self._loss == "mean" else 1
+        gram = BottleneckGram.of(_tokens(z, mask), _tokens(delta, mask) * scale, examples=examples)
+        self.grams[name].append(gram)
+
+    def _see_layer(self, name: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.requires_grad and torch.is_grad_enabled():
+            output.register_hook(partial(self._add_sketch, name, args[0].detach()))  # type: ignore[no-untyped-call]
+
+    def _add_sketch(self, name: str, x: Tensor, gradient: Tensor) -> None:
+        self.sketches[name].update(x.flatten(0, -2), gradient.flatten(0, -2))
+
+
+def _tokens(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Flatten ``(…, r)`` to ``(tokens, r)``, padding left out where the mask fits."""
+    if mask is not None and values.ndim == 3 and values.shape[:2] == mask.shape:
+        return values[mask]
+    return values.flatten(0, -2)

@@ -1,0 +1,186 @@
+"""Decide the ranks: sensitivity threshold, then the knapsack; and the plan as a file (docs/formats/plan.md)."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from flowra_allocation.greedy import greedy
+from flowra_allocation.sensitivity import sensitivity
+
+__all__ = ["ModulePlan", "RankPlan", "allocate", "mean_rank", "read_plan", "write_plan"]
+
+PLAN_NAME = "plan.json"
+MAX_PLAN_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModulePlan:
+    """What one module gets, and why."""
+
+    kind: Literal["lora"] = "lora"
+    """Adapter method."""
+    rank: int
+    """≥ 0; a module of rank 0 is eligible for growth but holds nothing."""
+    alpha: float
+    """s · rank, as PEFT counts it."""
+    cost_per_rank: int
+    """Parameters per unit of rank."""
+    psi: float
+    """Sensitivity in [0, 1]; modules below the threshold get rank 0."""
+    gains: tuple[float, ...]
+    """Gain of the first, second, … unit of rank, in units of the loss."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankPlan:
+    """How much rank each module gets, within a budget."""
+
+    format_version: ClassVar[int] = 1
+
+    modules: Mapping[str, ModulePlan]
+    """By exact module name."""
+    budget: int
+    """P, in adapter parameters; heads are outside."""
+    parameters: int
+    """Used of it: Σ cost · rank ≤ budget."""
+    scaling: float
+    """s, the same for all modules and independent of the rank."""
+    sensitivity_threshold: float
+    """η: modules with ψ < η got rank 0."""
+    last_in: tuple[str, float] | None = None
+    """Module and gain per parameter of the last unit that was taken."""
+    first_out: tuple[str, float] | None = None
+    """Module and gain per parameter of the best unit left out: the marginal value of a parameter."""
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Exact module name to rank, rank 0 included."""
+        return {name: module.rank for name, module in self.modules.items()}
+
+    @property
+    def left(self) -> int:
+        """Parameters of the budget that are not used."""
+        return self.budget - self.parameters
+
+    def __post_init__(self) -> None:
+        """Check that the plan keeps its own promise.
+
+        Raises:
+            ValueError: if a rank is negative, the count is wrong, or the budget is exceeded.
+        """
+        negative = [name for name, module in self.modules.items() if module.rank < 0 or module.cost_per_rank < 1]
+        if negative:
+            raise ValueError(
+                f"rank must be ≥ 0 and cost_per_rank ≥ 1, got {self.modules[negative[0]]}: {negative[0]!r}"
+            )
+        used = sum(module.rank * module.cost_per_rank for module in self.modules.values())
+        if used != self.parameters or used > self.budget:
+            raise ValueError(f"parameters must be Σ cost · rank = {used} ≤ budget {self.budget}, got {self.parameters}")
+
+
+def mean_rank(costs: Mapping[str, int], budget: int) -> float:
+    """Return r̄ = P / Σ cost, the mean rank the budget allows; a real number (METHODS 8.16)."""
+    return budget / sum(costs.values())
+
+
+def allocate(
+    gains: Mapping[str, Sequence[float]],
+    costs: Mapping[str, int],
+    *,
+    budget: int,
+    sensitivity_threshold: float = 0.05,
+    scaling: float = 2.0,
+    cap_factor: float = 8.0,
+) -> RankPlan:
+    """Spend a budget where it pays: rank 0 below the threshold, greedy knapsack above it.
+
+    Args:
+        gains: module name to the flow gains of its units of rank, non-increasing (METHODS 8.7).
+        costs: module name to parameters per unit of rank.
+        budget: P, in parameters.
+        sensitivity_threshold: η in [0, 1); 0 switches it off. 0.05 means a density below 1/19 of the median module's.
+        scaling: s, written into the plan.
+        cap_factor: no module gets more than ⌈cap_factor · r̄⌉, r̄ the mean rank.
+
+    Returns:
+        The plan, modules in the order of ``gains``.
+
+    Raises:
+        ValueError: if the threshold is out of range, the budget is below one unit of rank, or gains are malformed.
+    """
+    if not 0 <= sensitivity_threshold < 1:
+        raise ValueError(f"sensitivity_threshold must be in [0, 1), got {sensitivity_threshold}")
+    if not gains or budget < min(costs.values()):
+        cheapest = min(costs.values(), default=0)
+        raise ValueError(
+            f"budget must be at least one unit of rank, {cheapest} parameters here, got {budget}. Raise it."
+        )
+    average = mean_rank(costs, budget)
+    psi = sensitivity(gains, costs, mean_rank=math.ceil(average))
+    cap = math.ceil(cap_factor * average)
+    caps = {name: cap if psi[name] >= sensitivity_threshold else 0 for name in gains}
+    chosen = greedy(gains, costs, budget, caps=caps)
+    modules = {
+        name: ModulePlan(
+            rank=chosen.ranks[name],
+            alpha=scaling * chosen.ranks[name],
+            cost_per_rank=costs[name],
+            psi=psi[name],
+            gains=tuple(float(gain) for gain in gains[name]),
+        )
+        for name in gains
+    }
+    return RankPlan(
+        modules=modules,
+        budget=budget,
+        parameters=chosen.parameters,
+        scaling=scaling,
+        sensitivity_threshold=sensitivity_threshold,
+        last_in=chosen.last_in,
+        first_out=chosen.first_out,
+    )
+
+
+def write_plan(plan: RankPlan, folder: str | Path) -> Path:
+    """Write ``plan.json`` into a folder under a temporary name, rename it, and return its path."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"format_version": plan.format_version, **asdict(plan)}
+    partial = folder / f"{PLAN_NAME}.partial"
+    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(partial, folder / PLAN_NAME)
+    return folder / PLAN_NAME
+
+
+def read_plan(folder: str | Path) -> RankPlan:
+    """Read ``plan.json`` from a folder.
+
+    Returns:
+        The plan, checked.
+
+    Raises:
+        ValueError: if the file is missing, damaged, of another version, or breaks its own budget.
+    """
+    path = Path(folder) / PLAN_NAME
+    if not path.is_file() or path.stat().st_size > MAX_PLAN_BYTES:
+        raise ValueError(f"plan must be a file of at most {MAX_PLAN_BYTES} bytes, got {path}. Run `allocate` first.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content.pop("format_version")
+        if version != RankPlan.format_version:
+            raise ValueError(f"format_version must be {RankPlan.format_version}, got {version!r}")
+        modules = {
+            name: ModulePlan(**{**module, "gains": tuple(module["gains"])})
+            for name, module in content.pop("modules").items()
+        }
+        for edge in ("last_in", "first_out"):
+            content[edge] = tuple(content[edge]) if content[edge] else None
+        return RankPlan(modules=modules, **content)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"plan must follow docs/formats/plan.md, got {type(error).__name__}: {error}; in {path}"
+        ) from None
