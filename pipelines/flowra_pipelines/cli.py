@@ -1,0 +1,193 @@
+"""The ``flowra`` command. Heavy imports happen inside the commands, so that ``--help`` is instant."""
+
+import os
+import shlex
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flowra_pipelines.errors import UserError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="flowra",
+    help="Give a model, a data set and a parameter budget; Flowra puts rank where it pays.",
+    epilog="Start with: flowra demo. Then copy its configuration and run: flowra run my.yaml",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Config = Annotated[Path, typer.Argument(help="YAML file of the run.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one key, e.g. --set training.steps=400. Repeatable."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Run even if the artifacts are up to date.")]
+
+
+@app.command()
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, train nothing.")
+    ] = False,
+    prefect: Annotated[
+        bool, typer.Option("--prefect/--no-prefect", help="Run as a Prefect flow, or call the stages directly.")
+    ] = True,
+    force: Force = False,
+) -> None:
+    """Run all stages: calibrate, allocate, train, refine, merge, evaluate.
+
+    Stages whose inputs have not changed are reused, so the same command continues a run that was interrupted.
+    """
+    _run(config, overrides, dry_run=dry_run, prefect=prefect, force=force, command=["flowra", "run", str(config)])
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    prefect: Annotated[
+        bool, typer.Option("--prefect/--no-prefect", help="Run as a Prefect flow, or call the stages directly.")
+    ] = True,
+    force: Force = False,
+    show_config: Annotated[bool, typer.Option("--show-config", help="Print the configuration and stop.")] = False,
+) -> None:
+    """Fine-tune all-MiniLM-L6-v2 on Rotten Tomatoes reviews and compare with baselines; minutes on two cores."""
+    path = Path(str(files("flowra_pipelines").joinpath("configs", "demo.yaml")))
+    if show_config:
+        sys.stdout.write(path.read_text(encoding="utf-8"))
+        return
+    _run(path, overrides, dry_run=False, prefect=prefect, force=force, command=["flowra", "demo"])
+
+
+@app.command()
+def calibrate(config: Config, overrides: Overrides = None, force: Force = False) -> None:
+    """Train a short probe and measure its flow spectrum: writes the profile."""
+    _stage("calibrate", config, overrides, force)
+
+
+@app.command()
+def allocate(config: Config, overrides: Overrides = None, force: Force = False) -> None:
+    """Turn the profile and the budget into ranks: writes the plan."""
+    _stage("allocate", config, overrides, force)
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None, force: Force = False) -> None:
+    """Train on from the probe's kept directions at the planned ranks."""
+    _stage("train", config, overrides, force)
+
+
+@app.command()
+def refine(config: Config, overrides: Overrides = None, force: Force = False) -> None:
+    """Go on training while rank moves between modules, then freezes."""
+    _stage("refine", config, overrides, force)
+
+
+@app.command()
+def merge(config: Config, overrides: Overrides = None, force: Force = False) -> None:
+    """Put the adapter into the base, check the logits, and write what PEFT and vLLM read."""
+    _stage("merge", config, overrides, force)
+
+
+@app.command()
+def evaluate(config: Config, overrides: Overrides = None, force: Force = False) -> None:
+    """Score the adapter on held-out examples against its baselines, and print the table."""
+    _stage("evaluate", config, overrides, force)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line and exit code 2, never a traceback."""
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"flowra: {error}", err=True)
+        raise SystemExit(2) from None
+
+
+def _run(
+    path: Path, overrides: list[str] | None, *, dry_run: bool, prefect: bool, force: bool, command: list[str]
+) -> None:
+    from flowra_pipelines.run_config import load_config
+
+    config = load_config(path, overrides or [])
+    _quiet()
+    if dry_run:
+        from flowra_pipelines.dry_run import show_plan
+
+        show_plan(config)
+        return
+    from flowra_pipelines.results_table import show_results
+
+    content: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True)
+    again = [*command, *(part for each in overrides or [] for part in ("--set", each))]
+    try:
+        if prefect:
+            from flowra_pipelines.flows.fine_tuning import fine_tuning
+
+            fine_tuning(content, force=force)
+        else:
+            from flowra_pipelines.stages.record import STAGES
+            from flowra_pipelines.stages.table import run_tracked
+            from flowra_pipelines.tracking import Tracker
+
+            tracker = Tracker(config)
+            for name in STAGES:
+                run_tracked(name, config, tracker, force=force)
+            tracker.close(failed=False)
+    except KeyboardInterrupt:
+        typer.echo(f"Interrupted. Continue with: {shlex.join(again)}", err=True)
+        raise SystemExit(130) from None
+    show_results(config)
+
+
+def _stage(name: str, path: Path, overrides: list[str] | None, force: bool) -> None:
+    from flowra_pipelines.run_config import load_config
+
+    config = load_config(path, overrides or [])
+    _quiet()
+    from flowra_pipelines.stages.table import run_tracked
+    from flowra_pipelines.tracking import Tracker
+
+    tracker = Tracker(config)
+    failed = True
+    try:
+        run_tracked(name, config, tracker, force=force)
+        failed = False
+    finally:
+        tracker.close(failed=failed)
+    if name == "evaluate":
+        from flowra_pipelines.results_table import show_results
+
+        show_results(config)
+
+
+def _quiet() -> None:
+    """Leave the screen to our own progress; set what a user has not, before the libraries are imported."""
+    defaults = {
+        "PREFECT_LOGGING_LEVEL": "CRITICAL",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
+        "DO_NOT_TRACK": "true",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    import datasets
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+if __name__ == "__main__":
+    main()

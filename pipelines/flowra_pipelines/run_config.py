@@ -1,0 +1,346 @@
+"""The configuration of a run: YAML in, a frozen, validated tree out.
+
+Imports no library package, so that ``--help`` stays fast; a test compares the defaults with the packages' own.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from flowra_pipelines.errors import UserError
+
+__all__ = [
+    "AdapterConfig",
+    "CalibrationConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "MergeConfig",
+    "ModelConfig",
+    "RefinementConfig",
+    "RunConfig",
+    "TrackingConfig",
+    "TrainingConfig",
+    "load_config",
+]
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, and no key is ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """Which model, for which kind of task."""
+
+    path: str
+    """Folder, ``package://NAME/path`` inside an installed package (nothing is imported), or a Hub name."""
+    task: Literal["sequence_classification", "causal_lm"] = "sequence_classification"
+    """What the model is trained for."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen base. Adapters are float32."""
+
+
+class DataConfig(Section):
+    """Where examples come from, and which columns they are in."""
+
+    train: str
+    """File (parquet, csv, json, jsonl, also compressed), ``package://NAME/path``, or a Hub name."""
+    train_split: str = "train"
+    """Split of a Hub data set to train on."""
+    test: str | None = None
+    """File or Hub name of the test examples; by default a part of ``train`` is held out."""
+    test_split: str = "test"
+    """Split of a Hub data set to test on; used only with ``test``."""
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share held out when there is no ``test``, chosen by the SHA-1 of the text: no seed, the same on every machine."""
+    text: str = "text"
+    """Column with the text."""
+    text_pair: str | None = None
+    """Column with a second text, for pairs."""
+    label: str = "label"
+    """Column with the label; not used for ``causal_lm``."""
+    labels: tuple[str, ...] | None = None
+    """Labels to keep, in the order of their ids; rows with others are left out and counted. By default all, sorted."""
+    drop_duplicates: bool = True
+    """Leave out rows whose text has been seen; counted."""
+    max_length: Annotated[int, Field(ge=2)] = 128
+    """Tokens per example; longer texts are cut."""
+    max_test_examples: Annotated[int, Field(ge=2)] | None = None
+    """Use only the first so many test examples."""
+
+
+class AdapterConfig(Section):
+    """Which layers may carry rank."""
+
+    targets: tuple[str, ...] = ("all-linear",)
+    """Names, tails of names (``query``), shell patterns, or ``all-linear``; each must match."""
+    exclude: tuple[str, ...] = ()
+    """Taken out again; each must match. Heads are never adapted."""
+    scaling: Annotated[float, Field(gt=0)] = 2.0
+    """s of the update s · B A, the same at every rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """On the adapters' inputs, in training."""
+
+
+class TrainingConfig(Section):
+    """One schedule for the whole run; the stages share it."""
+
+    steps: Annotated[int, Field(ge=10)] = 200
+    """T: optimiser steps of the whole run, the probe's included."""
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    """Examples per micro-batch."""
+    gradient_accumulation: Annotated[int, Field(ge=1)] = 1
+    """Micro-batches per optimiser step."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak learning rate of adapters."""
+    head_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate of the head; by default that of the adapters."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape of the learning rate after warm-up."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of T over which the learning rate rises."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of AdamW."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this norm."""
+
+
+class CalibrationConfig(Section):
+    """The short probe whose learned update is measured."""
+
+    probe_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of T that the probe trains."""
+    probe_factor: Annotated[float, Field(ge=1)] = 2.0
+    """κ: the probe's uniform rank is ⌈κ · mean rank the budget allows⌉."""
+    examples: Annotated[int, Field(ge=8)] = 128
+    """Training examples the statistics are taken on."""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Examples per batch of statistics; standard errors come from the batches."""
+
+
+class RefinementConfig(Section):
+    """When rank moves between modules."""
+
+    policy: Literal["breathe", "off"] = "breathe"
+    """``breathe`` moves rank inside the budget; ``off`` trains on at the planned ranks."""
+    start: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    """Share of T at which refinement begins; ``train`` runs from the probe's end to here."""
+    freeze: Annotated[float, Field(gt=0, lt=1)] = 0.7
+    """Share of T after which ranks stay."""
+    events: Annotated[int, Field(ge=1)] = 4
+    """Number of events between start and freeze."""
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Part of the budget that changes hands at an event."""
+    observe: Annotated[int, Field(ge=1)] = 4
+    """Steps before an event on which statistics are gathered."""
+
+
+class ExtraAdapter(Section):
+    """Another adapter to merge with the trained one."""
+
+    path: str
+    """Folder in PEFT's format."""
+    weight: float = 1.0
+    """Factor of its update."""
+
+
+class MergeConfig(Section):
+    """What the trained adapter is merged with, and how strictly the result is checked."""
+
+    extra: tuple[ExtraAdapter, ...] = ()
+    """More adapters on the same base; their updates are added exactly."""
+    tolerance: Annotated[float, Field(gt=0)] = 1e-4
+    """Largest allowed difference between merged and unmerged logits, relative to the largest logit."""
+    save_model: bool = True
+    """Write the merged model, too (as large as the base)."""
+
+
+class EvaluationConfig(Section):
+    """What the adapter is compared with."""
+
+    baselines: tuple[Literal["base", "uniform"], ...] = ("base", "uniform")
+    """``base``: frozen base, trained head. ``uniform``: LoRA at the largest uniform rank that fits the budget."""
+    uniform_targets: tuple[str, ...] | None = None
+    """Layers of the uniform baseline; by default the query and value projections."""
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    """Examples per batch."""
+    significance: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Level of the paired test below which a difference is called one."""
+
+
+class TrackingConfig(Section):
+    """Where runs are logged."""
+
+    uri: str | None = None
+    """MLflow tracking URI; by default a sqlite file in ``output_root``."""
+    experiment: str = "flowra"
+    """MLflow experiment."""
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    """Name of the run; its artifacts lie in ``output_root/name``."""
+    output_root: str = "runs"
+    """Folder of all runs."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of initialisation, dropout and data order."""
+    budget: str | int = "0.1%"
+    """Adapter parameters: a percentage of the base's (``0.1%``) or a number. Heads are outside."""
+    sensitivity_threshold: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """η: modules with ψ below it get no rank. 0 switches it off."""
+    model: ModelConfig
+    data: DataConfig
+    adapter: AdapterConfig = AdapterConfig()
+    training: TrainingConfig = TrainingConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+    refinement: RefinementConfig = RefinementConfig()
+    merge: MergeConfig = MergeConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _phases_in_order(self) -> "RunConfig":
+        """Check that every phase of the schedule has at least one step, and no option is without effect."""
+        probe, start, freeze = self.probe_steps, self.refinement_start, self.refinement_freeze
+        if not 0 < probe < start < freeze <= self.training.steps:
+            raise ValueError(
+                "phases must follow one another, got probe to step"
+                f" {probe}, train to {start}, ranks frozen at {freeze} of {self.training.steps}"
+            )
+        if self.refinement.policy == "breathe" and (freeze - start) // self.refinement.events < 1:
+            raise ValueError(f"refinement.events must be at most {freeze - start}, got {self.refinement.events}")
+        if self.data.test is None and "test_split" in self.data.model_fields_set:
+            raise ValueError("data.test_split has no effect without data.test")
+        if self.data.test is not None and "test_fraction" in self.data.model_fields_set:
+            raise ValueError("data.test_fraction has no effect with data.test")
+        if self.model.task == "causal_lm" and {"label", "labels", "text_pair"} & self.data.model_fields_set:
+            raise ValueError("data.label, data.labels and data.text_pair have no effect with causal_lm")
+        return self
+
+    @property
+    def probe_steps(self) -> int:
+        """Steps of the probe; ``train`` begins here."""
+        return round(self.calibration.probe_fraction * self.training.steps)
+
+    @property
+    def refinement_start(self) -> int:
+        """Step at which ``train`` hands over to ``refine``."""
+        return round(self.refinement.start * self.training.steps)
+
+    @property
+    def refinement_freeze(self) -> int:
+        """Step after which ranks stay."""
+        return round(self.refinement.freeze * self.training.steps)
+
+    @property
+    def folder(self) -> Path:
+        """Absolute folder of the run's artifacts."""
+        return Path(self.output_root).absolute() / self.name
+
+    @property
+    def tracking_uri(self) -> str:
+        """MLflow tracking URI."""
+        return self.tracking.uri or f"sqlite:///{Path(self.output_root).absolute() / 'mlflow.db'}"
+
+
+def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a configuration and apply ``key=value`` overrides.
+
+    Args:
+        source: path of a YAML file, or its content.
+        overrides: such as ``training.steps=400``; values are YAML.
+
+    Returns:
+        The validated configuration.
+
+    Raises:
+        UserError: if the file is unreadable, a key is unknown (the nearest name is given) or a value is out of range.
+            All problems are reported at once.
+    """
+    where = "the configuration"
+    content: Any
+    if isinstance(source, Mapping):
+        content = {key: value for key, value in source.items()}  # noqa: C416 - a shallow copy of any mapping
+    else:
+        where = str(source)
+        try:
+            content = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"configuration must be a readable file, got {source}: {error.strerror}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"configuration must be YAML, got {' '.join(str(error).split())}; in {source}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"configuration must be a mapping of sections, got {type(content).__name__}; in {where}")
+    for override in overrides:
+        content = _override(content, override)
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        lines = [_explain(dict(problem)) for problem in error.errors()]
+        raise UserError("; ".join(lines) + f"; in {where}") from None
+
+
+def _override(content: dict[str, Any], override: str) -> dict[str, Any]:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override must be key=value, got {override!r}. Example: --set training.steps=400")
+    path = key.strip().split(".")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"override must have a YAML value, got {override!r}") from None
+    return _with(content, path, parsed, key)
+
+
+def _with(content: dict[str, Any], path: list[str], value: Any, key: str) -> dict[str, Any]:  # noqa: ANN401 - YAML
+    head, *rest = path
+    if not rest:
+        return {**content, head: value}
+    inner = content.get(head) or {}
+    if not isinstance(inner, dict):
+        raise UserError(f"override must name a section, got {key!r}: {head!r} is a value")
+    return {**content, head: _with(inner, rest, value, key)}
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    """Say what is wrong with one key, in one line."""
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location) or "configuration"
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
+        return f"{key} must be a known key; nearest: {near[0] if near else 'none'}; known here: {', '.join(known)}"
+    if problem["type"] == "missing":
+        return f"{key} must be given"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return message
+    return f"{key}: {message[0].lower()}{message[1:]}, got {problem['input']!r}"
+
+
+def _fields_at(location: list[str]) -> list[str]:
+    section: type[BaseModel] = RunConfig
+    for name in location:
+        field = section.model_fields.get(name)
+        if field is None:
+            continue  # an index into a list of sections
+        for candidate in _unpack(field.annotation):
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                section = candidate
+    return list(section.model_fields)
+
+
+def _unpack(annotation: Any) -> list[Any]:  # noqa: ANN401 - a type annotation
+    if get_origin(annotation) in (Union, UnionType, tuple):
+        return [part for each in get_args(annotation) for part in _unpack(each)]
+    return [annotation]

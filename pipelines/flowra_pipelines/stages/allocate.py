@@ -1,0 +1,44 @@
+"""allocate: solve the knapsack on the profile's flow gains; the profile file decides, nothing else."""
+
+from pathlib import Path
+
+from flowra_allocation import allocate as solve
+from flowra_allocation import parse_budget, write_plan
+from flowra_analysis import read_profile
+from flowra_pipelines import plots
+from flowra_pipelines.errors import UserError
+from flowra_pipelines.run_config import RunConfig
+from flowra_pipelines.stages.record import StageResult
+
+__all__ = ["allocate"]
+
+
+def allocate(config: RunConfig, folder: Path) -> StageResult:
+    """Read the profile and write ``plan.json``."""
+    profile = read_profile(folder.parent / "calibrate")
+    gains = profile.spectra.get("flow_gains")
+    if gains is None:
+        raise UserError(f"profile must hold flow_gains, got {sorted(profile.spectra)}. Rerun calibrate.")
+    try:
+        plan = solve(
+            {name: each.tolist() for name, each in gains.items()},
+            {name: module.cost_per_rank for name, module in profile.modules.items()},
+            budget=parse_budget(config.budget, base_parameters=profile.base_parameters),
+            sensitivity_threshold=config.sensitivity_threshold,
+            scaling=config.adapter.scaling,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    write_plan(plan, folder)
+    active = {name: rank for name, rank in plan.ranks.items() if rank}
+    return StageResult(
+        metrics=[("plan/parameters", float(plan.parameters), 0), ("plan/modules", float(len(active)), 0)],
+        parameters={"budget_parameters": plan.budget, "sensitivity_threshold": plan.sensitivity_threshold},
+        figures={"rank_plan": plots.module_heatmap(plan.ranks, title="Planned rank", label="rank", limits=None)},
+        summary={
+            "plan": f"{plan.parameters:,} of {plan.budget:,} parameters on {len(active)} of {len(plan.ranks)} modules",
+            "next unit": f"{plan.first_out[0]} (gain {plan.first_out[1]:.2e} per parameter)"
+            if plan.first_out
+            else "none",
+        },
+    )

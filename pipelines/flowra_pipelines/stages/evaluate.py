@@ -1,0 +1,198 @@
+"""evaluate: held-out results of the adapter, against base and uniform LoRA at the same budget, steps and data order."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from flowra_adapters import attach, load_adapter, match_modules
+from flowra_pipelines.errors import UserError
+from flowra_pipelines.progress import meter
+from flowra_pipelines.run_config import RunConfig
+from flowra_pipelines.stages.record import StageResult, read_record
+from flowra_pipelines.stages.setting import (
+    Setting,
+    base_model,
+    load_setting,
+    lora_layers,
+    query_and_value,
+    shape_of,
+    survey,
+)
+from flowra_pipelines.statistics import Interval, accuracy, concatenate, mean_loss, paired_p_value
+from flowra_pipelines.tasks import Scores
+from flowra_pipelines.training import build_optimizer, train_phase
+from flowra_pipelines.training_state import read_training_state
+
+__all__ = ["evaluate"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One line of the table."""
+
+    title: str
+    """What was trained."""
+    accuracy: Interval | None
+    """With its 95 % interval; None for language models."""
+    loss: Interval
+    """Held-out loss in nats per target."""
+    parameters: int
+    """Final adapter parameters; heads are not counted."""
+    peak_parameters: int
+    """Largest number of adapter parameters during training."""
+    seconds: float
+    """Training time, calibration and refinement included."""
+
+
+def evaluate(config: RunConfig, folder: Path) -> StageResult:
+    """Score the final adapter and the baselines; write ``metrics.json`` and per-example ``scores.safetensors``."""
+    setting = load_setting(config)
+    rows: dict[str, Row] = {}
+    scores: dict[str, Scores] = {}
+    notes: list[str] = []
+    for name in config.evaluation.baselines:
+        made = _baseline(name, config, setting)
+        if isinstance(made, str):
+            notes.append(made)
+        else:
+            rows[name], scores[name] = made
+    rows["flowra"], scores["flowra"] = _flowra(config, setting, folder.parent)
+    p_values = {name: paired_p_value(scores["flowra"], scores[name]) for name in scores if name != "flowra"}
+    verdicts = [_verdict(name, rows, p_value, config.evaluation.significance) for name, p_value in p_values.items()]
+    content = {
+        "format_version": 1,
+        "task": config.model.task,
+        "test_examples": len(setting.test),
+        "rows": {name: asdict(row) for name, row in rows.items()},
+        "p_values_against_flowra": p_values,
+        "verdicts": verdicts,
+        "notes": notes,
+    }
+    timeless = json.loads(json.dumps(content))
+    for row in timeless["rows"].values():
+        del row["seconds"]
+    (folder / "metrics.json").write_text(json.dumps(timeless, indent=1) + "\n", encoding="utf-8")
+    tensors = {f"{name}/loss": each.loss for name, each in scores.items()}
+    tensors |= {f"{name}/correct": each.correct for name, each in scores.items() if each.correct is not None}
+    save_file(tensors, folder / "scores.safetensors")
+    metrics = [(f"test/loss/{name}", row.loss.value, 0) for name, row in rows.items()]
+    metrics += [(f"test/accuracy/{name}", row.accuracy.value, 0) for name, row in rows.items() if row.accuracy]
+    metrics += [(f"test/parameters/{name}", float(row.parameters), 0) for name, row in rows.items()]
+    metrics += [(f"test/p_value/{name}", value, 0) for name, value in p_values.items()]
+    timings = {f"seconds {name}": f"{row.seconds:.1f}" for name, row in rows.items()}
+    lines = {f"verdict {index}": line for index, line in enumerate([*verdicts, *notes])}
+    return StageResult(metrics=metrics, summary={**timings, **lines})
+
+
+def _baseline(name: str, config: RunConfig, setting: Setting) -> tuple[Row, Scores] | str:
+    """Train a baseline for all T steps, or say why it does not apply."""
+    model = base_model(config, setting)
+    heads = setting.task.heads(model)
+    layers = survey(config, model, setting.task)
+    parameters, title = 0, "base, trained head" if heads else "base"
+    model.requires_grad_(False)
+    if name == "uniform":
+        try:
+            wanted = config.evaluation.uniform_targets
+            targets = match_modules(model, wanted) if wanted else query_and_value(model)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        shapes = {target: shape_of(model, target) for target in targets}
+        cost = sum(sum(shape) for shape in shapes.values())
+        rank = min(layers.budget // cost, *(min(shape) for shape in shapes.values()))
+        if rank < 1:
+            return f"uniform LoRA does not fit: rank 1 on {len(targets)} modules needs {cost:,} of {layers.budget:,}"
+        attach(
+            model,
+            dict.fromkeys(targets, rank),
+            scaling=config.adapter.scaling,
+            dropout=config.adapter.dropout,
+            modules_to_save=heads,
+            generator=torch.Generator().manual_seed(config.seed),
+        )
+        parameters, title = rank * cost, f"uniform LoRA r={rank} on {_kinds(targets)}"
+    for head in heads:
+        model.get_submodule(head).requires_grad_(True)
+    seconds = _train(model, config, setting, heads, f"evaluate: {title}") if heads or parameters else 0.0
+    scores = score(model, config, setting, f"evaluate: {name}")
+    return _row(title, scores, parameters, parameters, seconds), scores
+
+
+def _train(model: torch.nn.Module, config: RunConfig, setting: Setting, heads: list[str], description: str) -> float:
+    started = time.perf_counter()
+    train_phase(
+        model,  # type: ignore[arg-type]  # a PreTrainedModel
+        setting.train,
+        build_optimizer(model, config.training, heads=heads),
+        config=config.training,
+        collate=setting.collate,
+        first_step=0,
+        last_step=config.training.steps,
+        seed=config.seed,
+        description=description,
+    )
+    return time.perf_counter() - started
+
+
+def _flowra(config: RunConfig, setting: Setting, run: Path) -> tuple[Row, Scores]:
+    model = base_model(config, setting)
+    load_adapter(model, run / "merge" / "adapter")
+    scores = score(model, config, setting, "evaluate: flowra")
+    parameters = sum(layer.num_parameters() for layer in lora_layers(model).values())
+    records = [read_record(run / stage) for stage in ("calibrate", "allocate", "train", "refine")]
+    seconds = sum(record.seconds for record in records if record is not None)
+    peak = read_training_state(run / "refine").peak_parameters
+    return _row("Flowra", scores, parameters, peak, seconds), scores
+
+
+@torch.inference_mode()
+def score(model: torch.nn.Module, config: RunConfig, setting: Setting, description: str) -> Scores:
+    """Score every test example, dropout off; texts of like length share a batch."""
+    model.eval()
+    device = next(model.parameters()).device
+    order = sorted(range(len(setting.test)), key=lambda index: len(setting.test[index]["input_ids"]))
+    size = config.evaluation.batch_size
+    parts = []
+    with meter(description, len(order)) as progress:
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            batch = setting.collate([setting.test[index] for index in chosen])
+            losses = setting.task.losses(model, {key: value.to(device) for key, value in batch.items()})
+            parts.append(tuple(None if each is None else each.cpu() for each in losses))
+            progress.advance(len(chosen))
+    return concatenate(parts, order)  # type: ignore[arg-type]
+
+
+def _row(title: str, scores: Scores, parameters: int, peak: int, seconds: float) -> Row:
+    return Row(
+        title=title,
+        accuracy=None if scores.correct is None else accuracy(scores),
+        loss=mean_loss(scores),
+        parameters=parameters,
+        peak_parameters=peak,
+        seconds=seconds,
+    )
+
+
+def _verdict(name: str, rows: Mapping[str, Row], p_value: float, level: float) -> str:
+    """Say in words how Flowra compares; a tie is called a tie."""
+    mine, other = rows["flowra"], rows[name]
+    if mine.accuracy is not None and other.accuracy is not None:
+        difference = 100 * (mine.accuracy.value - other.accuracy.value)
+        amount = f"{difference:+.1f} points of accuracy"
+    else:
+        difference = other.loss.value - mine.loss.value
+        amount = f"{-difference:+.4f} nats per token"
+    if p_value >= level:
+        return f"Tie: Flowra against {other.title}, {amount}, p = {p_value:.2f} (paired)."
+    word = "better" if difference > 0 else "worse"
+    return f"Flowra is {word} than {other.title}: {amount}, p = {p_value:.2g} (paired)."
+
+
+def _kinds(targets: list[str]) -> str:
+    return ", ".join(dict.fromkeys(target.rsplit(".", 1)[-1] for target in targets))

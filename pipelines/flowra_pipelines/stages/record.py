@@ -1,0 +1,177 @@
+"""One stage as a unit of work on files: run it, or reuse what it made from the same inputs.
+
+A stage writes into a folder with a temporary name; only when it is complete, its record ``stage.json`` included, is the
+folder renamed. So a folder with the stage's own name is whole, whatever killed the process before.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from flowra_pipelines.data import data_paths
+from flowra_pipelines.errors import UserError
+from flowra_pipelines.run_config import RunConfig
+from flowra_pipelines.sources import content_hash, resolve
+
+__all__ = ["STAGES", "StageRecord", "StageResult", "read_record", "run_stage"]
+
+RECORD = "stage.json"
+FORMAT_VERSION = 1
+STAGES = ("calibrate", "allocate", "train", "refine", "merge", "evaluate")
+# What a stage reads of the configuration, beside everything the stages before it read.
+SECTIONS: Mapping[str, tuple[str, ...]] = {
+    "calibrate": ("seed", "budget", "model", "data", "adapter", "training", "calibration"),
+    "allocate": ("sensitivity_threshold",),
+    "train": (),
+    "refine": ("refinement",),
+    "merge": ("merge",),
+    "evaluate": ("evaluation",),
+}
+
+
+@dataclass(kw_only=True, slots=True)
+class StageResult:
+    """What a stage wants logged."""
+
+    metrics: list[tuple[str, float, int]] = field(default_factory=list)
+    """(name, value, step)."""
+    parameters: dict[str, str | int | float] = field(default_factory=dict)
+    """What characterises the stage."""
+    figures: dict[str, Figure] = field(default_factory=dict)
+    """Name to picture."""
+    summary: dict[str, str] = field(default_factory=dict)
+    """A few lines for people."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageRecord:
+    """A finished stage."""
+
+    stage: str
+    fingerprint: str
+    """Of everything the stage read: configuration, the artifacts before it, base and data, versions."""
+    artifacts: dict[str, str]
+    """File to SHA-256."""
+    seconds: float
+    """Time the stage took. Not part of any hash."""
+    summary: dict[str, str]
+    """A few lines for people."""
+    mlflow_run_id: str | None = None
+    """The tracking run that made it."""
+
+
+def run_stage(
+    name: str,
+    work: Callable[[RunConfig, Path], StageResult],
+    config: RunConfig,
+    *,
+    log: Callable[[StageResult, Path], str | None],
+    force: bool = False,
+) -> tuple[StageRecord, bool]:
+    """Run a stage, or reuse its artifacts if nothing it reads has changed.
+
+    Args:
+        name: of the stage.
+        work: given the configuration and the folder to fill.
+        config: of the run.
+        log: given the result and the folder, logs them and returns a tracking run id.
+        force: run even if the artifacts are there.
+
+    Returns:
+        The record, and whether it was reused.
+
+    Raises:
+        UserError: if a stage before it has not run.
+    """
+    final = config.folder / name
+    fingerprint = _fingerprint(name, config)
+    if not force and final.is_dir():
+        record = read_record(final)
+        if record is not None and record.fingerprint == fingerprint:
+            return record, True
+    partial = config.folder / f"{name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    started = time.perf_counter()
+    result = work(config, partial)
+    for title, figure in result.figures.items():
+        figure.savefig(partial / f"{title}.png", dpi=120, metadata={"Software": None})
+    seconds = time.perf_counter() - started
+    artifacts = _hashes(partial)
+    record = StageRecord(
+        stage=name,
+        fingerprint=fingerprint,
+        artifacts=artifacts,
+        seconds=seconds,
+        summary=result.summary,
+        mlflow_run_id=log(result, partial),
+    )
+    _write(record, partial)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    return record, False
+
+
+def read_record(folder: Path) -> StageRecord | None:
+    """Read a stage's record; None if the folder holds none that is whole and of this version."""
+    try:
+        content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        if content.pop("format_version") != FORMAT_VERSION:
+            return None
+        return StageRecord(**content)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _fingerprint(name: str, config: RunConfig) -> str:
+    """Hash what the stage reads. Each stage reads the artifacts of those before it."""
+    index = STAGES.index(name)
+    values = config.model_dump(mode="json")
+    reads: dict[str, Any] = {section: values[section] for stage in STAGES[: index + 1] for section in SECTIONS[stage]}
+    if index >= STAGES.index("train"):
+        reads["refinement_start"] = config.refinement_start
+    reads["versions"] = {
+        package: version(package)
+        for package in ("flowra-analysis", "flowra-allocation", "flowra-adapters", "flowra-compose", "flowra-pipelines")
+    }
+    reads["files"] = [content_hash(path) for path in _inputs(config)]
+    for earlier in STAGES[:index]:
+        record = read_record(config.folder / earlier)
+        if record is None:
+            raise UserError(
+                f"{name} needs the artifacts of {earlier}, got none in {config.folder}. Run `flowra {earlier}`."
+            )
+        reads[earlier] = record.artifacts
+    return sha256(json.dumps(reads, sort_keys=True).encode()).hexdigest()
+
+
+def _inputs(config: RunConfig) -> list[Path]:
+    model = resolve(config.model.path)
+    extra = [Path(each.path) for each in config.merge.extra if Path(each.path).exists()]
+    return [*([] if model is None else [model]), *data_paths(config.data), *extra]
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): content_hash(path) for path in files}
+
+
+def _write(record: StageRecord, folder: Path) -> None:
+    content = {
+        "format_version": FORMAT_VERSION,
+        "stage": record.stage,
+        "fingerprint": record.fingerprint,
+        "artifacts": record.artifacts,
+        "seconds": record.seconds,
+        "summary": record.summary,
+        "mlflow_run_id": record.mlflow_run_id,
+    }
+    (folder / RECORD).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,145 @@
+"""What every stage starts from: the task, the examples, the base model, and the layers that may carry rank."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flowra_adapters import LoRA, adaptable_modules, adapters, match_modules
+from flowra_allocation import parse_budget
+from flowra_pipelines.data import Examples, TextData, load_text_data, tokenise
+from flowra_pipelines.errors import UserError
+from flowra_pipelines.run_config import DataConfig, ModelConfig, RunConfig
+from flowra_pipelines.tasks import TASKS, Task, load_model, load_tokenizer
+
+__all__ = ["Layers", "Setting", "base_model", "load_setting", "lora_layers", "survey"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """Task, tokenizer and examples of a run."""
+
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    data: TextData
+    train: Examples
+    test: Examples
+
+    def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Pad examples to one batch."""
+        padding = {"input_ids": int(self.tokenizer.pad_token_id or 0), "token_type_ids": 0}
+        return self.task.collate(rows, padding)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layers:
+    """The layers that may carry rank, and what the budget means for them."""
+
+    costs: dict[str, int]
+    """Module name to parameters per unit of rank."""
+    shapes: dict[str, tuple[int, int]]
+    """Module name to (m, n)."""
+    base_parameters: int
+    """N_base: parameters of the base, heads not counted."""
+    head_parameters: int
+    """Parameters of the heads."""
+    budget: int
+    """P."""
+
+
+def load_setting(config: RunConfig) -> Setting:
+    """Read and tokenise the examples; the last run's are kept in memory, for stages in one process."""
+    return _load_setting(config.model, config.data)
+
+
+@lru_cache(maxsize=1)
+def _load_setting(model: ModelConfig, data_config: DataConfig) -> Setting:
+    task = TASKS[model.task]
+    tokenizer = load_tokenizer(model)
+    data = load_text_data(data_config, labelled=task.labelled)
+    encode = partial(tokenise, tokenizer=tokenizer, max_length=data_config.max_length)
+    return Setting(task=task, tokenizer=tokenizer, data=data, train=encode(data.train), test=encode(data.test))
+
+
+def base_model(config: RunConfig, setting: Setting) -> PreTrainedModel:
+    """Load the base with its new head, in evaluation mode; the same bits for the same seed."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(config.model, labels=setting.data.labels, seed=config.seed)
+    nn.Module.to(model, device).eval()
+    return model
+
+
+def survey(config: RunConfig, model: PreTrainedModel, task: Task) -> Layers:
+    """List the layers that may carry rank and work out the budget.
+
+    Args:
+        config: targets, exclusions and budget.
+        model: a base without adapters.
+        task: whose heads are outside the budget and never adapted.
+
+    Returns:
+        Costs, shapes and counts.
+
+    Raises:
+        UserError: if a pattern matches nothing, or the budget does not pay for one unit of rank.
+    """
+    heads = task.heads(model)
+    try:
+        names = match_modules(model, config.adapter.targets, exclude=config.adapter.exclude)
+        output = model.get_output_embeddings()
+        names = [name for name in names if not _inside(name, heads) and model.get_submodule(name) is not output]
+        head_parameters = sum(p.numel() for head in heads for p in model.get_submodule(head).parameters())
+        base_parameters = sum(parameter.numel() for parameter in model.parameters()) - head_parameters
+        budget = parse_budget(config.budget, base_parameters=base_parameters)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    shapes = {name: shape_of(model, name) for name in names}
+    costs = {name: sum(shape) for name, shape in shapes.items()}
+    if not costs or budget < min(costs.values()):
+        raise UserError(
+            f"budget must pay for at least one unit of rank, {min(costs.values(), default=0)} parameters here,"
+            f" got {budget} ({config.budget} of {base_parameters}). Raise the budget."
+        )
+    return Layers(
+        costs=costs,
+        shapes=shapes,
+        base_parameters=base_parameters,
+        head_parameters=head_parameters,
+        budget=budget,
+    )
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRA]:
+    """Return the model's LoRA adapters by module name."""
+    return {name: one for name, one in adapters(model).items() if isinstance(one, LoRA)}
+
+
+def query_and_value(model: nn.Module) -> list[str]:
+    """Name the query and value projections, as the architectures call them.
+
+    Returns:
+        Module names.
+
+    Raises:
+        UserError: if none is found.
+    """
+    tails = ("query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "query_proj", "value_proj", "q", "v")
+    found = [name for name in adaptable_modules(model) if name.rsplit(".", 1)[-1] in tails]
+    if not found:
+        raise UserError("query and value projections must have a usual name, got none. Set evaluation.uniform_targets.")
+    return found
+
+
+def _inside(name: str, heads: Sequence[str]) -> bool:
+    return any(name == head or name.startswith(f"{head}.") for head in heads)
+
+
+def shape_of(model: nn.Module, name: str) -> tuple[int, int]:
+    """Return (m, n) of a linear layer."""
+    layer = model.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    return layer.out_features, layer.in_features

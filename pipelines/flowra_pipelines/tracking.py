@@ -1,0 +1,109 @@
+"""MLflow: one parent run for the whole, one child for each stage, everything by run id.
+
+MLflow's active run belongs to a thread, and tasks may run in others; so nothing here uses it.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from flowra_pipelines.run_config import RunConfig
+from flowra_pipelines.stages.record import StageRecord, StageResult
+
+__all__ = ["Tracker"]
+
+# Before mlflow is imported.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("DO_NOT_TRACK", "true")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+MAX_PARAMETER = 500
+
+
+class Tracker:
+    """Logs one run.
+
+    Args:
+        config: of the run; its tracking URI and experiment are used.
+        parent_run_id: to continue; by default a new parent run is opened.
+    """
+
+    def __init__(self, config: RunConfig, *, parent_run_id: str | None = None) -> None:
+        from mlflow import MlflowClient
+        from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+        self._parent_tag = MLFLOW_PARENT_RUN_ID
+        Path(config.output_root).mkdir(parents=True, exist_ok=True)
+        self._client = MlflowClient(tracking_uri=config.tracking_uri)
+        self.experiment_id = self._experiment(config)
+        if parent_run_id is None:
+            parent_run_id = self._client.create_run(self.experiment_id, run_name=config.name).info.run_id
+            self._log_parameters(parent_run_id, _flat(config.model_dump(mode="json")))
+            self._client.log_dict(parent_run_id, config.model_dump(mode="json"), "config.json")
+        self.parent_run_id = str(parent_run_id)
+
+    def stage(self, name: str, *, tags: dict[str, str]) -> Callable[[StageResult, Path], str]:
+        """Return the function that logs a stage's result as a child run and gives its id."""
+
+        def log(result: StageResult, folder: Path) -> str:
+            from mlflow.entities import Metric
+
+            run_id = self._client.create_run(
+                self.experiment_id, run_name=name, tags={self._parent_tag: self.parent_run_id, **tags}
+            ).info.run_id
+            status = "FAILED"
+            try:
+                self._log_parameters(run_id, {key: str(value) for key, value in result.parameters.items()})
+                now = int(1000 * time.time())
+                metrics = [Metric(key, value, now, step) for key, value, step in result.metrics]
+                for start in range(0, len(metrics), 1000):
+                    self._client.log_batch(run_id, metrics=metrics[start : start + 1000])
+                for title, figure in result.figures.items():
+                    self._client.log_figure(run_id, figure, f"plots/{title}.png")
+                for path in sorted(folder.iterdir()):
+                    if path.is_dir() and path.name != "model":  # the merged base stays on disk
+                        self._client.log_artifacts(run_id, str(path), path.name)
+                    elif path.is_file() and path.suffix != ".png":
+                        self._client.log_artifact(run_id, str(path))
+                for key, line in result.summary.items():
+                    self._client.set_tag(run_id, f"summary.{key}", line[:MAX_PARAMETER])
+                status = "FINISHED"
+            finally:
+                self._client.set_terminated(run_id, status)
+            return str(run_id)
+
+        return log
+
+    def reused(self, record: StageRecord) -> None:
+        """Note on the parent which earlier run made a stage's artifacts."""
+        self._client.set_tag(self.parent_run_id, f"stage.{record.stage}.reused_from", record.mlflow_run_id or "unknown")
+
+    def close(self, *, failed: bool) -> None:
+        """End the parent run."""
+        self._client.set_terminated(self.parent_run_id, "FAILED" if failed else "FINISHED")
+
+    def _experiment(self, config: RunConfig) -> str:
+        existing = self._client.get_experiment_by_name(config.tracking.experiment)
+        if existing is not None:
+            return str(existing.experiment_id)
+        location = None
+        if config.tracking.uri is None:
+            location = (Path(config.output_root).absolute() / "mlartifacts").as_uri()
+        return str(self._client.create_experiment(config.tracking.experiment, artifact_location=location))
+
+    def _log_parameters(self, run_id: str, values: dict[str, str]) -> None:
+        from mlflow.entities import Param
+
+        self._client.log_batch(run_id, params=[Param(key, value[:MAX_PARAMETER]) for key, value in values.items()])
+
+
+def _flat(values: dict[str, object], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = str(value)
+    return flat

@@ -1,0 +1,172 @@
+"""One phase of training: from one step of the schedule to another, on ``transformers.Trainer``."""
+
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from flowra_pipelines.data import Examples
+from flowra_pipelines.errors import UserError
+from flowra_pipelines.progress import Meter, meter
+from flowra_pipelines.run_config import TrainingConfig
+
+__all__ = ["LossCurve", "build_optimizer", "data_order", "learning_rate_factor", "train_phase"]
+
+LossCurve = list[tuple[int, float, float]]
+"""(finished steps, loss, learning rate)."""
+
+
+def data_order(examples: int, *, needed: int, seed: int) -> list[int]:
+    """Return the order in which a run sees its examples: one seeded permutation per epoch, as many as needed."""
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while len(order) < needed:
+        order.extend(torch.randperm(examples, generator=generator).tolist())
+    return order[:needed]
+
+
+def learning_rate_factor(step: int, config: TrainingConfig) -> float:
+    """Return the learning rate after ``step`` finished steps, as a share of its peak."""
+    warmup = math.ceil(config.warmup * config.steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, config.steps - warmup)
+    shapes = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    return max(0.0, shapes[config.schedule])
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig, *, heads: Sequence[str]) -> AdamW:
+    """Build AdamW over what is trainable: adapters in one group, heads in another."""
+    in_head = [name.startswith(tuple(f"{head}." for head in heads)) for name, _ in model.named_parameters()]
+    trainable = [
+        (parameter, head)
+        for (_, parameter), head in zip(model.named_parameters(), in_head, strict=True)
+        if parameter.requires_grad
+    ]
+    groups = [
+        {"params": [parameter for parameter, head in trainable if not head], "lr": config.learning_rate},
+        {
+            "params": [parameter for parameter, head in trainable if head],
+            "lr": config.head_learning_rate or config.learning_rate,
+        },
+    ]
+    return AdamW([group for group in groups if group["params"]], weight_decay=config.weight_decay)
+
+
+def train_phase(
+    model: PreTrainedModel,
+    examples: Examples,
+    optimizer: Optimizer,
+    *,
+    config: TrainingConfig,
+    collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]],
+    first_step: int,
+    last_step: int,
+    seed: int,
+    description: str,
+    rng: torch.Tensor | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> LossCurve:
+    """Train from ``first_step`` to ``last_step`` of a schedule of ``config.steps``.
+
+    Learning rate and data order depend only on the step and the seed, and the generator continues from ``rng``, so
+    that two phases in two processes do what one phase would.
+
+    Args:
+        model: trained in place.
+        examples: all training examples; the phase takes its part of the run's order.
+        optimizer: with its moments.
+        config: the run's schedule.
+        collate: rows to a batch.
+        first_step: finished steps before the phase.
+        last_step: finished steps after it.
+        seed: of the data order, and of dropout if there is no ``rng``.
+        description: shown with the progress.
+        rng: state of torch's CPU generator to continue from.
+        callbacks: such as the refinement.
+
+    Returns:
+        Loss and learning rate after each step.
+
+    Raises:
+        UserError: if the loss is not finite.
+    """
+    per_step = config.batch_size * config.gradient_accumulation
+    order = data_order(len(examples), needed=last_step * per_step, seed=seed)
+    scheduler = LambdaLR(optimizer, lambda done: learning_rate_factor(first_step + done, config))
+    with meter(description, last_step - first_step) as progress, tempfile.TemporaryDirectory() as scratch:
+        watch = _Watch(progress, first_step, rng)
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=scratch,
+                max_steps=last_step - first_step,
+                per_device_train_batch_size=config.batch_size,
+                gradient_accumulation_steps=config.gradient_accumulation,
+                max_grad_norm=config.max_grad_norm,
+                seed=seed,
+                train_sampling_strategy="sequential",
+                remove_unused_columns=False,
+                dataloader_drop_last=False,
+                dataloader_pin_memory=torch.cuda.is_available(),
+                logging_steps=1,
+                logging_nan_inf_filter=False,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            data_collator=collate,
+            train_dataset=examples.select(order[first_step * per_step :]),
+            optimizers=(optimizer, scheduler),
+            callbacks=[*callbacks, watch],
+        )
+        for printer in [
+            each for each in trainer.callback_handler.callbacks if type(each).__name__ == "PrinterCallback"
+        ]:
+            trainer.remove_callback(printer)
+        trainer.train()
+    return watch.curve
+
+
+@dataclass
+class _Watch(TrainerCallback):
+    """Progress, the loss curve, the generator's state, and the end of a run that diverged."""
+
+    progress: Meter
+    first_step: int
+    rng: torch.Tensor | None
+    curve: LossCurve = field(default_factory=list)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Continue the generator: the trainer has seeded it, and the loader has drawn from it."""
+        if state.global_step == 0:
+            if self.rng is None:
+                torch.manual_seed(args.seed)
+            else:
+                torch.set_rng_state(self.rng)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        """Record the loss of a step."""
+        if logs is None or "loss" not in logs:
+            return
+        step, loss = self.first_step + state.global_step, float(logs["loss"])
+        if not math.isfinite(loss):
+            raise UserError(f"loss must be finite, got {loss} at step {step}. Lower training.learning_rate.")
+        self.curve.append((step, loss, float(logs.get("learning_rate", 0.0))))
+        self.progress.advance(note=f"loss {loss:.3f}")
