@@ -8,9 +8,10 @@ it adapts: the machinery in :mod:`flowra_adapters.attach`, :mod:`flowra_adapters
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["Adapter"]
+__all__ = ["Adapter", "AdapterDict"]
 
 
 class Adapter(nn.Module, ABC):
@@ -54,3 +55,29 @@ class Adapter(nn.Module, ABC):
     def num_parameters(self) -> int:
         """Count the adapter's parameters at its current rank."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+class AdapterDict(nn.ModuleDict):
+    """The adapters of one layer, by name, and what merging them needs to remember.
+
+    Attributes:
+        merged: names of the adapters whose updates are in the layer's weight now.
+        kept_weight: the base weight before the first merge, if it is kept.
+        added: sum of the updates in the weight, if the base weight is not kept.
+        hook: what adds the updates to the layer's output.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.merged: tuple[str, ...] = ()
+        self.kept_weight: Tensor | None = None
+        self.added: Tensor | None = None
+        self.hook: torch.utils.hooks.RemovableHandle | None = None
+
+    def active(self) -> dict[str, Adapter]:
+        """Return the adapters whose update must be added to the output now."""
+        return {
+            name: adapter
+            for name, adapter in self.items()
+            if isinstance(adapter, Adapter) and adapter.enabled and adapter.rank > 0 and name not in self.merged
+        }

@@ -13,31 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowra_adapters.adapter import Adapter
+from flowra_adapters.adapter import Adapter, AdapterDict
 from flowra_adapters.lora import LoRA
 from flowra_adapters.matching import adaptable_modules, match_modules
 
 __all__ = ["METHODS", "adapters", "attach", "detach", "disable", "disabled", "enable"]
 
 METHODS: Mapping[str, Callable[..., Adapter]] = MappingProxyType({"lora": LoRA})
-
-
-class AdapterDict(nn.ModuleDict):
-    """The adapters of one layer, by name, and what merging them needs to remember."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.merged: tuple[str, ...] = ()
-        self.kept_weight: Tensor | None = None
-        self.hook: torch.utils.hooks.RemovableHandle | None = None
-
-    def active(self) -> dict[str, Adapter]:
-        """Return the adapters whose update must be added to the output now."""
-        return {
-            name: adapter
-            for name, adapter in self.items()
-            if isinstance(adapter, Adapter) and adapter.enabled and adapter.rank > 0 and name not in self.merged
-        }
 
 
 def attach(
@@ -80,10 +62,17 @@ def attach(
         raise ValueError(f"method must be one of {sorted(METHODS)}, got {method!r}")
     if not adapter or "." in adapter:
         raise ValueError(f"adapter must be a name without dots, got {adapter!r}")
-    to_save = [_submodule(model, name, "modules_to_save") for name in modules_to_save]
+    saved_names = list(modules_to_save)
+    to_save = [_submodule(model, name, "modules_to_save") for name in saved_names]
     resolved = _resolve(model, ranks)
+    inside = [name for name in resolved if any(f"{name}.".startswith(f"{saved}.") for saved in saved_names)]
+    if inside:
+        raise ValueError(f"modules_to_save must not be adapted too, got {inside[0]!r}. Exclude it from the ranks.")
     modules = adaptable_modules(model)
-    taken = [name for name in resolved if adapter in getattr(modules[name], "adapters", {})]
+    occupied = [name for name in resolved if hasattr(modules[name], "adapters") and not _held(modules[name])]
+    if occupied:
+        raise ValueError(f"layer must have no attribute 'adapters' of its own, got one at {occupied[0]!r}")
+    taken = [name for name in resolved if adapter in (_held(modules[name]) or {})]
     if taken:
         raise ValueError(f"adapter must be a new name, got {adapter!r}, which is already attached to {taken[0]!r}")
     generator = generator or torch.Generator().manual_seed(0)
@@ -133,12 +122,7 @@ def adapters(model: nn.Module, adapter: str = "default") -> dict[str, Adapter]:
 
 def adapter_dicts(model: nn.Module) -> dict[str, AdapterDict]:
     """Return what hangs on each adapted module, by module name."""
-    found = {}
-    for name, module in model.named_modules():
-        candidate = getattr(module, "adapters", None)
-        if isinstance(candidate, AdapterDict):
-            found[name] = candidate
-    return found
+    return {name: held for name, module in model.named_modules() if (held := _held(module)) is not None}
 
 
 def enable(model: nn.Module, adapter: str = "default") -> None:
@@ -214,6 +198,8 @@ def _resolve(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
 
 def _submodule(model: nn.Module, name: str, argument: str) -> nn.Module:
     try:
+        if not name:  # the whole model
+            raise AttributeError
         return model.get_submodule(name)
     except AttributeError:
         children = [child for child, _ in model.named_children()]
@@ -229,13 +215,19 @@ def _freeze_base(model: nn.Module) -> None:
 
 def _adapter_dict(layer: nn.Module) -> AdapterDict:
     """Return the layer's adapters; the first call gives it an empty dict and the hook."""
-    existing = getattr(layer, "adapters", None)
-    if isinstance(existing, AdapterDict):
+    existing = _held(layer)
+    if existing is not None:
         return existing
     created = AdapterDict()
     layer.adapters = created
     created.hook = layer.register_forward_hook(_add_updates, with_kwargs=True)
     return created
+
+
+def _held(layer: nn.Module) -> AdapterDict | None:
+    """Return the layer's adapters, if it has any."""
+    candidate = getattr(layer, "adapters", None)
+    return candidate if isinstance(candidate, AdapterDict) else None
 
 
 def _add_updates(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:

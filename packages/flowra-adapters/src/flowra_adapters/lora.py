@@ -89,8 +89,9 @@ class LoRA(Adapter):
         return F.linear(z, self.lora_B) * self.scaling
 
     def delta_weight(self) -> Tensor:
-        """Return s · B A, ``(m, n)``."""
-        return self.scaling * (self.lora_B @ self.lora_A)
+        """Return s · B A, ``(m, n)``, computed in at least float32."""
+        a, b = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (self.lora_A, self.lora_B))
+        return self.scaling * (b @ a)
 
     def grow(self, rows: Tensor) -> None:
         """Append ``rows`` ``(k, n)`` to A and k zero columns to B: ΔW is unchanged, ∂L/∂B of the new columns is not 0.

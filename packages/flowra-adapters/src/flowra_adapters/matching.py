@@ -5,6 +5,9 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.utils import parametrize
+
+from flowra_adapters.adapter import AdapterDict
 
 __all__ = ["adaptable_modules", "match_modules"]
 
@@ -14,20 +17,21 @@ ALL_LINEAR = "all-linear"
 def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
     """List the modules that can carry an adapter, by qualified name, in the model's own order.
 
-    The modules of adapters that are already attached are not listed.
+    These are linear layers whose weight is a parameter of their own and whose forward is called. Not listed: the model
+    itself, parametrised weights (a merge would be lost), what hangs inside ``nn.MultiheadAttention`` (it reads the
+    weights and calls nothing), and the modules of adapters that are already attached.
 
     Returns:
         Name to module.
     """
-    inside_adapters = {
-        f"{name}.adapters" if name else "adapters"
-        for name, module in model.named_modules()
-        if hasattr(module, "adapters")
-    }
+    closed = [name for name, each in model.named_modules() if isinstance(each, AdapterDict | nn.MultiheadAttention)]
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not any(name.startswith(f"{prefix}.") for prefix in inside_adapters)
+        if name
+        and isinstance(module, nn.Linear)
+        and not parametrize.is_parametrized(module)
+        and not any(name.startswith(f"{prefix}.") or not prefix for prefix in closed)
     }
 
 

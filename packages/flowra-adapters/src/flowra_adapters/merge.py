@@ -5,8 +5,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-from flowra_adapters.adapter import Adapter
-from flowra_adapters.attach import AdapterDict, adapter_dicts
+from flowra_adapters.adapter import AdapterDict
+from flowra_adapters.attach import adapter_dicts
 
 __all__ = ["merge", "merged", "unmerge"]
 
@@ -19,8 +19,9 @@ def merge(model: nn.Module, *, keep_weight: bool = True) -> None:
 
     Args:
         model: changed in place.
-        keep_weight: keep a copy of each base weight, so that :func:`unmerge` restores it bit by bit. Without the copy
-            unmerging subtracts ΔW, which is exact to within 2·eps·|W|.
+        keep_weight: keep a copy of each base weight, so that :func:`unmerge` restores it bit by bit. Without it the
+            update itself is kept, and unmerging subtracts it, which is exact to within 2·eps·|W|. Decided at the first
+            merge into a layer.
 
     Raises:
         ValueError: if no adapter is attached, an update is not finite, or a weight is shared with another module,
@@ -31,15 +32,18 @@ def merge(model: nn.Module, *, keep_weight: bool = True) -> None:
         raise ValueError("model must carry adapters, got one without any. Attach or load an adapter first.")
     pending = {name: held for name, held in held_by_name.items() if held.active()}
     _refuse_shared_weights(model, pending)
-    new_weights = {name: _weight_of(model, name) + _delta(held) for name, held in pending.items()}
+    deltas = {name: _delta(held) for name, held in pending.items()}
+    weights = {name: _weight_of(model, name) for name in pending}
+    new_weights = {name: (weights[name] + delta).to(weights[name]) for name, delta in deltas.items()}
     broken = [name for name, weight in new_weights.items() if not torch.isfinite(weight).all()]
     if broken:
         raise ValueError(f"merged weights must be finite, got NaN or infinity in {broken[0]!r}. Nothing was merged.")
     for name, held in pending.items():
-        weight = _weight_of(model, name)
-        if keep_weight and held.kept_weight is None:
-            held.kept_weight = weight.detach().clone()
-        weight.copy_(new_weights[name])
+        if not held.merged and keep_weight:
+            held.kept_weight = weights[name].detach().clone()
+        if held.kept_weight is None:
+            held.added = deltas[name] if held.added is None else held.added + deltas[name]
+        weights[name].copy_(new_weights[name])
         held.merged = (*held.merged, *held.active())
 
 
@@ -47,15 +51,12 @@ def merge(model: nn.Module, *, keep_weight: bool = True) -> None:
 def unmerge(model: nn.Module) -> None:
     """Restore the base weights; a second call changes nothing."""
     for name, held in adapter_dicts(model).items():
-        if not held.merged:
-            continue
         weight = _weight_of(model, name)
-        merged_names, held.merged = held.merged, ()
         if held.kept_weight is not None:
             weight.copy_(held.kept_weight)
-            held.kept_weight = None
-        else:
-            weight.copy_(weight - _delta(held, merged_names))
+        elif held.added is not None:
+            weight.copy_(weight - held.added)
+        held.merged, held.kept_weight, held.added = (), None, None
 
 
 def merged(model: nn.Module) -> bool:
@@ -63,16 +64,9 @@ def merged(model: nn.Module) -> bool:
     return any(held.merged for held in adapter_dicts(model).values())
 
 
-def _delta(held: AdapterDict, names: tuple[str, ...] | None = None) -> Tensor:
-    chosen = held.active() if names is None else names
-    total = torch.stack([_adapter(held, name).delta_weight() for name in chosen]).sum(0)
-    return total.to(torch.promote_types(total.dtype, torch.float32))
-
-
-def _adapter(held: AdapterDict, name: str) -> Adapter:
-    one = held[name]
-    assert isinstance(one, Adapter)
-    return one
+def _delta(held: AdapterDict) -> Tensor:
+    """Sum the updates that are not in the weight yet."""
+    return torch.stack([adapter.delta_weight() for adapter in held.active().values()]).sum(0)
 
 
 def _weight_of(model: nn.Module, name: str) -> Tensor:
@@ -82,11 +76,14 @@ def _weight_of(model: nn.Module, name: str) -> Tensor:
 
 
 def _refuse_shared_weights(model: nn.Module, pending: dict[str, AdapterDict]) -> None:
-    owners: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners[id(parameter)].append(name)
+    """Refuse a weight whose memory another module reads, too; one module under two names is one module."""
+    owners: dict[int, dict[tuple[int, str], str]] = defaultdict(dict)
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module.named_parameters(recurse=False):
+            place = parameter.untyped_storage().data_ptr()
+            owners[place].setdefault((id(module), name), f"{module_name}.{name}" if module_name else name)
     for name in pending:
-        shared = owners[id(_weight_of(model, name))]
+        shared = list(owners[_weight_of(model, name).untyped_storage().data_ptr()].values())
         if len(shared) > 1:
             raise ValueError(
                 f"weight must belong to one module only, got {' = '.join(shared)}."

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from flowra_adapters.attach import adapters, attach
 from flowra_adapters.lora import LoRA
+from flowra_adapters.matching import adaptable_modules
 
 __all__ = ["AdapterCheckpoint", "checkpoint_of", "load_adapter", "read_checkpoint", "save_adapter", "write_checkpoint"]
 
@@ -32,19 +34,41 @@ CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 MAX_CONFIG_BYTES = 16 * 2**20
-# Options that change what the tensors mean. A value other than the neutral one is refused rather than ignored.
+DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+OFF: tuple[Any, ...] = (None, False, [], {})
+# Options that change what the tensors mean, with the values that do not; others are refused rather than ignored. The
+# initialisations listed leave the base weight alone; the rest (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change it, so that
+# B A would not be the whole update.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
-    "use_dora": (False, None),
-    "fan_in_fan_out": (False, None),
     "bias": ("none", None),
-    "lora_bias": (False, None),
-    "layer_replication": (None, []),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, []),
-    "use_bdlora": (False, None),
-    "use_qalora": (False, None),
-    "alora_invocation_tokens": (None, []),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+    "use_rslora": (True, False, None),
+    **dict.fromkeys(
+        (
+            "use_dora",
+            "fan_in_fan_out",
+            "lora_bias",
+            "layer_replication",
+            "target_parameters",
+            "trainable_token_indices",
+            "use_bdlora",
+            "use_qalora",
+            "alora_invocation_tokens",
+            "arrow_config",
+            "kasa_config",
+            "monteclora_config",
+            "velora_config",
+        ),
+        OFF,
+    ),
+}
+KINDS: Mapping[str, type] = {
+    "base_model_name_or_path": str,
+    "task_type": str,
+    "modules_to_save": list,
+    "rank_pattern": dict,
+    "alpha_pattern": dict,
 }
 
 
@@ -58,6 +82,8 @@ class AdapterCheckpoint:
     """Module name to s, for the same modules."""
     modules_to_save: Mapping[str, Tensor] = field(default_factory=dict)
     """Parameter name to tensor, for modules trained in full."""
+    trained_modules: tuple[str, ...] = ()
+    """Names of those modules; every tensor of ``modules_to_save`` lies in one."""
     base_model_name_or_path: str | None = None
     """Where the base comes from, for the reader."""
     task_type: str | None = None
@@ -73,10 +99,13 @@ class AdapterCheckpoint:
                     f"factors must be A (r, n) and B (m, r) with r ≥ 1, got {tuple(a.shape)}, {tuple(b.shape)}"
                     f" for {name!r}"
                 )
-            if not (a.is_floating_point() and b.is_floating_point()):
-                raise ValueError(f"factors must be floating point, got {a.dtype} and {b.dtype} for {name!r}")
+            if not {a.dtype, b.dtype} <= DTYPES:
+                raise ValueError(f"factors must be floating point of ≥ 16 bits, got {a.dtype}, {b.dtype} for {name!r}")
             if not (torch.isfinite(a).all() and torch.isfinite(b).all() and math.isfinite(self.scalings[name])):
                 raise ValueError(f"factors must be finite, got NaN or infinity for {name!r}")
+        strays = [name for name in self.modules_to_save if _owner(name, self.trained_modules) is None]
+        if strays:
+            raise ValueError(f"modules_to_save must lie in trained_modules {self.trained_modules}, got {strays[0]!r}")
         for name, tensor in self.modules_to_save.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise ValueError(f"modules_to_save must be finite, got NaN or infinity in {name!r}")
@@ -130,13 +159,15 @@ def checkpoint_of(
             factors[name] = (_copy(one.lora_A), _copy(one.lora_B))
             scalings[name] = one.scaling
     saved = {}
-    for module_name in modules_to_save:
+    trained = tuple(modules_to_save)
+    for module_name in trained:
         for name, tensor in model.get_submodule(module_name).state_dict().items():
             saved[f"{module_name}.{name}"] = _copy(tensor)
     return AdapterCheckpoint(
         factors=factors,
         scalings=scalings,
         modules_to_save=saved,
+        trained_modules=trained,
         base_model_name_or_path=base_model_name_or_path,
         task_type=task_type,
     )
@@ -160,15 +191,17 @@ def write_checkpoint(checkpoint: AdapterCheckpoint, folder: str | Path, *, unit_
     ranks = {name: a.shape[0] for name, (a, _) in checkpoint.factors.items()}
     alphas = {name: float(rank) if unit_scale else checkpoint.scalings[name] * rank for name, rank in ranks.items()}
     # An export's global values are the largest rank's; a checkpoint's are those most modules have.
-    default_rank = max(ranks.values()) if unit_scale else Counter(ranks.values()).most_common(1)[0][0]
-    default_alpha = float(default_rank) if unit_scale else Counter(alphas.values()).most_common(1)[0][0]
+    default_rank = max(ranks.values()) if unit_scale else int(_most_common(ranks.values()))
+    default_alpha = float(default_rank) if unit_scale else _most_common(alphas.values())
     tensors: dict[str, Tensor] = {}
     for name, (a, b) in checkpoint.factors.items():
         folded = b * checkpoint.scalings[name] if unit_scale else b
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = a.contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = folded.contiguous()
+        if not torch.isfinite(folded).all():
+            raise ValueError(f"scaling · lora_B must fit {b.dtype}, got infinity for {name!r}. Use a wider dtype.")
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = _copy(a)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = _copy(folded)
     for name, tensor in checkpoint.modules_to_save.items():
-        tensors[PREFIX + name] = tensor.contiguous()
+        tensors[PREFIX + name] = _copy(tensor)
     config = {
         "peft_type": "LORA",
         "task_type": checkpoint.task_type,
@@ -180,7 +213,7 @@ def write_checkpoint(checkpoint: AdapterCheckpoint, folder: str | Path, *, unit_
         "target_modules": sorted(ranks),
         "rank_pattern": _pattern(ranks, default_rank),
         "alpha_pattern": _pattern({name: _integer_if_whole(alpha) for name, alpha in alphas.items()}, default_alpha),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in checkpoint.modules_to_save}) or None,
+        "modules_to_save": sorted(checkpoint.trained_modules) or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
@@ -193,7 +226,8 @@ def write_checkpoint(checkpoint: AdapterCheckpoint, folder: str | Path, *, unit_
     save_file(dict(sorted(tensors.items())), partial, metadata={"format": "pt"})
     os.replace(partial, folder / TENSORS_NAME)
     partial = folder / f"{CONFIG_NAME}.partial"
-    partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    # Not sorted by json: the order inside the patterns has a meaning.
+    partial.write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n", encoding="utf-8")
     os.replace(partial, folder / CONFIG_NAME)
 
 
@@ -209,29 +243,28 @@ def read_checkpoint(folder: str | Path) -> AdapterCheckpoint:
     """
     folder = Path(folder)
     config = _read_config(folder)
-    found = {key: config.get(key, allowed[0]) for key, allowed in NEUTRAL.items()}
-    strange = {key: value for key, value in found.items() if value not in NEUTRAL[key]}
-    if strange:
-        raise ValueError(
-            f"adapter must be plain LoRA, got {strange} in {folder / CONFIG_NAME}. Convert it with PEFT first."
-        )
-    factors, saved = _pair(_read_tensors(folder), folder)
+    factors, saved, trained = _sort(_read_tensors(folder), config["modules_to_save"], folder)
+    ranks = _Pattern(config, "rank_pattern", "r")
+    alphas = _Pattern(config, "alpha_pattern", "lora_alpha")
     scalings = {}
     for name, (a, _) in factors.items():
-        rank = _lookup(config, "rank_pattern", name, "r")
-        if rank != a.shape[0]:
+        rank = ranks.value(name)
+        if a.ndim == 2 and rank != a.shape[0]:
             raise ValueError(
                 f"rank must be what the configuration says, {rank:g}, got {a.shape[0]} for {name!r} in {folder}"
             )
-        alpha = _lookup(config, "alpha_pattern", name, "lora_alpha")
-        scalings[name] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return AdapterCheckpoint(
-        factors=factors,
-        scalings=scalings,
-        modules_to_save=saved,
-        base_model_name_or_path=config.get("base_model_name_or_path"),
-        task_type=config.get("task_type"),
-    )
+        scalings[name] = alphas.value(name) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    try:
+        return AdapterCheckpoint(
+            factors=factors,
+            scalings=scalings,
+            modules_to_save=saved,
+            trained_modules=trained,
+            base_model_name_or_path=config["base_model_name_or_path"] or None,
+            task_type=config["task_type"] or None,
+        )
+    except ValueError as error:
+        raise ValueError(f"{error}; in {folder}") from None
 
 
 def load_adapter(
@@ -253,22 +286,23 @@ def load_adapter(
     """
     checkpoint = read_checkpoint(folder)
     own = model.state_dict()
+    unfit = sorted(checkpoint.factors.keys() - adaptable_modules(model).keys())
+    if unfit:
+        raise ValueError(f"adapter must fit the model, got one for {unfit[0]!r}, no layer of it; in {folder}")
     for name, tensor in checkpoint.modules_to_save.items():
         if name not in own or own[name].shape != tensor.shape:
             have = tuple(own[name].shape) if name in own else "no such tensor"
             raise ValueError(f"{name!r} must fit the model ({have}), got {tuple(tensor.shape)} from {folder}")
     for name, (a, b) in checkpoint.factors.items():
-        weight = own.get(f"{name}.weight")
-        if weight is None or tuple(weight.shape) != (b.shape[0], a.shape[1]):
-            have = tuple(weight.shape) if weight is not None else "no such module"
+        have = tuple(own[f"{name}.weight"].shape)
+        if have != (b.shape[0], a.shape[1]):
             raise ValueError(
                 f"adapter must belong to this base, got an update of {(b.shape[0], a.shape[1])} for {name!r} ({have});"
                 f" in {folder}"
             )
     attached: dict[str, LoRA] = {}
     ranks = {name: a.shape[0] for name, (a, _) in checkpoint.factors.items()}
-    modules = sorted({name.rpartition(".")[0] for name in checkpoint.modules_to_save})
-    for name, one in attach(model, ranks, modules_to_save=modules, adapter=adapter).items():
+    for name, one in attach(model, ranks, modules_to_save=checkpoint.trained_modules, adapter=adapter).items():
         assert isinstance(one, LoRA)
         a, b = checkpoint.factors[name]
         one.scaling = checkpoint.scalings[name]
@@ -305,19 +339,40 @@ def _pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
     return {re.escape(name).replace(r"\-", "-"): values[name] for name in ordered}
 
 
-def _lookup(config: Mapping[str, Any], pattern: str, name: str, default: str) -> float:
-    """Return the value of the first key of the pattern that matches the end of the name, or the global value."""
-    value = config[default]
-    for key, special in (config.get(pattern) or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({key})$", name):
-                value = special
-                break
-        except re.error as error:
-            raise ValueError(f"{pattern} must hold regular expressions, got {key!r}: {error}") from None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value == 0:
-        raise ValueError(f"{pattern} and {default} must be finite and not 0, got {value!r} for {name!r}")
-    return float(value)
+class _Pattern:
+    """Per-module values as PEFT resolves them: the first key that matches the end of a name, or the global value."""
+
+    def __init__(self, config: Mapping[str, Any], pattern: str, default: str) -> None:
+        self._what = f"{pattern} and {default}"
+        self._default = config.get(default)
+        self._keys = []
+        for key, value in config[pattern].items():
+            if re.search(r"\)[*+{]", key):  # a repeated group can take exponential time
+                raise ValueError(f"{pattern} must hold plain patterns, got a repeated group in {key!r}")
+            try:
+                self._keys.append((re.compile(rf"(.*\.)?({key})$"), value))
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(f"{pattern} must hold regular expressions, got {key!r}: {error}") from None
+
+    def value(self, name: str) -> float:
+        """Return the value for a module."""
+        value = next((value for key, value in self._keys if key.match(name)), self._default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < abs(value) <= sys.float_info.max:
+            raise ValueError(f"{self._what} must be finite numbers other than 0, got {str(value)[:40]} for {name!r}")
+        return float(value)
+
+
+def _most_common(values: Iterable[float]) -> float:
+    """Return the most common value; of several, the largest."""
+    counts = Counter(values)
+    return max(counts, key=lambda value: (counts[value], value))
+
+
+def _owner(name: str, modules: Iterable[str]) -> str | None:
+    """Return the outermost module above a tensor that is listed, where a listing means the end of a module's name."""
+    parts = name.split(".")
+    above = [".".join(parts[:end]) for end in range(1, len(parts))]
+    return next((each for each in above if any(f".{each}".endswith(f".{module}") for module in modules)), None)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -330,13 +385,20 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON, got {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(config).__name__}")
-    for key in ("r", "lora_alpha"):
-        if isinstance(config.get(key), bool) or not isinstance(config.get(key), int | float):
-            raise ValueError(f"{key} must be a number, got {config.get(key)!r}; in {path}")
+    strange = {key: config.get(key) for key, allowed in NEUTRAL.items() if config.get(key) not in allowed}
+    if strange:
+        raise ValueError(f"adapter must be plain LoRA, got {strange} in {path}. Convert it with PEFT first.")
+    for key, kind in KINDS.items():
+        value = config.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{key} must be a {kind.__name__} or null, got {value!r}; in {path}")
+        config[key] = kind() if value is None else value
+    if not all(isinstance(name, str) and name for name in config["modules_to_save"]):
+        raise ValueError(f"modules_to_save must be names, got {config['modules_to_save']}; in {path}")
     return config
 
 
@@ -353,20 +415,33 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} must be a whole safetensors file, got {error}") from None
 
 
-def _pair(tensors: Mapping[str, Tensor], folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Sort tensors into factor pairs and modules trained in full; a tensor that fits neither is an error."""
+def _sort(
+    tensors: Mapping[str, Tensor], listed: list[str], folder: Path
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor], tuple[str, ...]]:
+    """Sort tensors into factor pairs and modules trained in full; a tensor that is neither is an error.
+
+    Returns:
+        Factors by module, other tensors by name, and the modules that those belong to.
+
+    Raises:
+        ValueError: if a tensor is not understood or a factor is alone.
+    """
     halves: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, Tensor] = {}
+    trained: set[str] = set()
     for key, tensor in tensors.items():
         path = key.removeprefix(PREFIX)
-        factor = next((end for end in ("lora_A", "lora_B") if path.endswith(f".{end}.weight")), None)
-        if not key.startswith(PREFIX) or (factor is None and "lora_" in path):
-            raise ValueError(f"tensor names must be PEFT's LoRA names, got {key!r} in {folder}")
-        if factor is None:
+        factor = re.fullmatch(r"(.+)\.(lora_[AB])\.weight", path)
+        owner = _owner(path, listed)
+        if key == path or not (factor or owner):
+            raise ValueError(f"tensors must be LoRA factors or lie in modules_to_save, got {key!r} in {folder}")
+        if factor:
+            halves.setdefault(factor[1], {})[factor[2]] = tensor
+        elif owner:
             saved[path] = tensor
-        else:
-            halves.setdefault(path.removesuffix(f".{factor}.weight"), {})[factor] = tensor
+            trained.add(owner)
     alone = [name for name, pair in halves.items() if len(pair) != 2]
     if alone or not halves:
         raise ValueError(f"every module must have lora_A and lora_B, got {alone or 'no factors'} in {folder}")
-    return {name: (pair["lora_A"], pair["lora_B"]) for name, pair in sorted(halves.items())}, saved
+    factors = {name: (pair["lora_A"], pair["lora_B"]) for name, pair in sorted(halves.items())}
+    return factors, saved, tuple(sorted(trained))

@@ -108,7 +108,7 @@ class BottleneckObserver:
     def _see_bottleneck(self, name: str, z: Tensor) -> None:
         if z.requires_grad and torch.is_grad_enabled():
             seen = z.detach()
-            z.register_hook(partial(self._add_gram, name, seen, self._mask, self._examples))  # type: ignore[no-untyped-call]
+            z.register_hook(partial(self._add_gram, name, seen, self._mask, self._examples))
 
     def _add_gram(self, name: str, z: Tensor, mask: Tensor | None, examples: int, delta: Tensor) -> None:
         scale = examples if self._loss == "mean" else 1
@@ -117,7 +117,7 @@ class BottleneckObserver:
 
     def _see_layer(self, name: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if output.requires_grad and torch.is_grad_enabled():
-            output.register_hook(partial(self._add_sketch, name, args[0].detach()))  # type: ignore[no-untyped-call]
+            output.register_hook(partial(self._add_sketch, name, args[0].detach()))
 
     def _add_sketch(self, name: str, x: Tensor, gradient: Tensor) -> None:
         self.sketches[name].update(x.flatten(0, -2), gradient.flatten(0, -2))

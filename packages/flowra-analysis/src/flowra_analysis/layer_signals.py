@@ -128,7 +128,7 @@ class Recorder:
         if not output.requires_grad:
             output = output.requires_grad_().clone()  # a copy: a leaf could not be changed in place by what follows
         receive = partial(self.receive, name, next(self.order), x.detach(), x._version)
-        output.register_hook(receive)  # type: ignore[no-untyped-call]
+        output.register_hook(receive)
         return output
 
     def receive(self, name: str, call: int, x: Tensor, version: int, g: Tensor) -> None:
