@@ -1,6 +1,7 @@
 """What differs between kinds of tasks: the model class, a batch, the loss of one example, and what is reported."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.run_config import ModelConfig
@@ -127,7 +129,7 @@ def load_model(config: ModelConfig, *, labels: Sequence[str], seed: int) -> PreT
         options["id2label"] = dict(enumerate(labels))
         options["label2id"] = {label: index for index, label in enumerate(labels)}
     _require_weights(path)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _without_load_report():
         torch.manual_seed(seed)
         try:
             model = TASKS[config.task].model_class.from_pretrained(
@@ -160,6 +162,17 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Leave out the report that a head is new: it is meant to be."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _require_weights(path: Path | None) -> None:

@@ -23,9 +23,10 @@ def merge_stage(config: RunConfig, folder: Path) -> StageResult:
     setting = load_setting(config)
     sources = [str(folder.parent / "refine" / "adapter"), *(each.path for each in config.merge.extra)]
     weights = [1.0, *(each.weight for each in config.merge.extra)]
+    model = base_model(config, setting)
+    own_head = 0 if setting.task.heads(model) else None
     try:
-        merge_folders(sources, weights, folder / "adapter", heads_from=0)
-        model = base_model(config, setting)
+        merge_folders(sources, weights, folder / "adapter", heads_from=own_head)
         load_adapter(model, folder / "adapter")
     except ValueError as error:
         raise UserError(str(error)) from None
