@@ -17,6 +17,8 @@ from flowra_pipelines.stages.setting import Setting, base_model, load_setting, l
 
 __all__ = ["merge_stage"]
 
+ROUNDING = 1e-6
+
 
 def merge_stage(config: RunConfig, folder: Path) -> StageResult:
     """Write ``adapter/`` (unit scale, for PEFT and vLLM), ``model/`` and ``check.json``."""
@@ -78,8 +80,8 @@ def _check(config: RunConfig, setting: Setting, model: PreTrainedModel) -> dict[
             f"merged logits must equal unmerged ones within {config.merge.tolerance:g}, got {difference:.1e} relative."
             " Raise merge.tolerance if the base's dtype is coarse."
         )
-    if effect == 0:
-        raise UserError("adapter must change the model's output, got no change at all. Train longer.")
+    if not effect > ROUNDING:
+        raise UserError("adapter must change the model's output, got no change beyond rounding. Train longer.")
     return {"relative_difference": difference, "effect_of_the_adapter": effect}
 
 
