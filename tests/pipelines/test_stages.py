@@ -161,9 +161,8 @@ def test_the_table_counts_adapter_parameters_only_and_states_the_peak(config: Ru
     assert rows["flowra"]["parameters"] <= 700 < rows["flowra"]["peak_parameters"]
     assert rows["base"]["parameters"] == 0
     assert rows["uniform"]["parameters"] == 4 * 64 * 2
-    assert all(
-        0 <= row["accuracy"]["low"] <= row["accuracy"]["value"] <= row["accuracy"]["high"] for row in rows.values()
-    )
+    for interval in (row["accuracy"] for row in rows.values()):
+        assert 0 <= interval["low"] <= interval["value"] <= interval["high"] <= 1
     assert len(metrics["verdicts"]) == 2
     for verdict, p_value in zip(metrics["verdicts"], metrics["p_values_against_flowra"].values(), strict=True):
         assert verdict.startswith("Tie") == (p_value >= 0.05)
@@ -214,11 +213,7 @@ def test_what_an_interrupted_stage_left_behind_is_never_read(copy: RunConfig) ->
     ("section", "changes", "message"),
     [
         (None, {"budget": 10}, r"budget must pay for at least one unit of rank, 64 parameters here, got 10"),
-        (
-            "adapter",
-            {"targets": ("qurey",)},
-            r"patterns must match at least one module, got 'qurey'. Nearest names: query",
-        ),
+        ("adapter", {"targets": ("qurey",)}, r"match at least one module, got 'qurey'. Nearest names: query"),
         ("adapter", {"exclude": ("nothing",)}, "exclude must match at least one module, got 'nothing'"),
         ("model", {"path": "/nowhere/model"}, r"file must exist, got '/nowhere/model'"),
     ],
@@ -245,15 +240,14 @@ def test_refinement_can_be_switched_off(copy: RunConfig) -> None:
 
 def test_extra_adapters_are_added_exactly(copy: RunConfig) -> None:
     extra = copy.folder / "refine" / "adapter"
-    both = copy.model_copy(
-        update={"merge": copy.merge.model_validate({"extra": [{"path": str(extra), "weight": -1.0}]})}
-    )
-    with pytest.raises(UserError, match="adapter must change the model's output, got no change at all"):
-        run_stage("merge", WORK["merge"], both, log=unlogged)
-    doubled = copy.model_copy(
-        update={"merge": copy.merge.model_validate({"extra": [{"path": str(extra), "weight": 1}]})}
-    )
-    run_stage("merge", WORK["merge"], doubled, log=unlogged)
+
+    def with_extra(weight: float) -> RunConfig:
+        merge = copy.merge.model_validate({"extra": [{"path": str(extra), "weight": weight}]})
+        return copy.model_copy(update={"merge": merge})
+
+    with pytest.raises(UserError, match="adapter must change the model's output, got no change beyond rounding"):
+        run_stage("merge", WORK["merge"], with_extra(-1.0), log=unlogged)
+    run_stage("merge", WORK["merge"], with_extra(1.0), log=unlogged)
     once, twice = read_checkpoint(extra), read_checkpoint(copy.folder / "merge" / "adapter")
     for name, (a, b) in twice.factors.items():
         first_a, first_b = once.factors[name]
