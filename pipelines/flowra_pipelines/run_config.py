@@ -97,6 +97,8 @@ class TrainingConfig(Section):
     """T: optimiser steps of the whole run, the probe's included."""
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Examples per micro-batch."""
+    length_window: Annotated[int, Field(ge=1)] = 8
+    """Examples of so many micro-batches are sorted by length before they are cut, to save padding; 1 switches it off."""
     gradient_accumulation: Annotated[int, Field(ge=1)] = 1
     """Micro-batches per optimiser step."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3

@@ -23,13 +23,45 @@ LossCurve = list[tuple[int, float, float]]
 """(finished steps, loss, learning rate)."""
 
 
-def data_order(examples: int, *, needed: int, seed: int) -> list[int]:
-    """Return the order in which a run sees its examples: one seeded permutation per epoch, as many as needed."""
+def data_order(
+    examples: int,
+    *,
+    needed: int,
+    seed: int,
+    lengths: Sequence[int] | None = None,
+    batch_size: int = 1,
+    window: int = 1,
+) -> list[int]:
+    """Return the order in which a run sees its examples: one seeded permutation per epoch, as many as needed.
+
+    With lengths, the examples of each ``window`` batches are sorted by length and cut into batches, and the batches
+    shuffled: the same examples in the same window, with less padding. A shorter order is a prefix of a longer one.
+
+    Args:
+        examples: number of examples.
+        needed: length of the order.
+        seed: of permutations and shuffles.
+        lengths: tokens of each example.
+        batch_size: examples per micro-batch.
+        window: micro-batches that are formed together.
+
+    Returns:
+        Indices, ``needed`` of them.
+    """
     generator = torch.Generator().manual_seed(seed)
+    size = batch_size * window if lengths is not None else 1
     order: list[int] = []
-    while len(order) < needed:
+    while len(order) < -(-needed // size) * size:  # whole windows
         order.extend(torch.randperm(examples, generator=generator).tolist())
-    return order[:needed]
+    if lengths is None or window == 1:
+        return order[:needed]
+    shuffles = torch.Generator().manual_seed(seed)
+    grouped: list[int] = []
+    for start in range(0, needed, size):
+        ranked = sorted(order[start : start + size], key=lengths.__getitem__)
+        for batch in torch.randperm(window, generator=shuffles).tolist():
+            grouped.extend(ranked[batch * batch_size : (batch + 1) * batch_size])
+    return grouped[:needed]
 
 
 def learning_rate_factor(step: int, config: TrainingConfig) -> float:
@@ -99,7 +131,14 @@ def train_phase(
         UserError: if the loss is not finite.
     """
     per_step = config.batch_size * config.gradient_accumulation
-    order = data_order(len(examples), needed=last_step * per_step, seed=seed)
+    order = data_order(
+        len(examples),
+        needed=last_step * per_step,
+        seed=seed,
+        lengths=[len(examples[index]["input_ids"]) for index in range(len(examples))],
+        batch_size=config.batch_size,
+        window=config.length_window,
+    )
     scheduler = LambdaLR(optimizer, lambda done: learning_rate_factor(first_step + done, config))
     with meter(description, last_step - first_step) as progress, tempfile.TemporaryDirectory() as scratch:
         watch = _Watch(progress, first_step, rng)

@@ -118,6 +118,20 @@ def test_every_example_is_seen_once_per_epoch_in_an_order_of_the_seed() -> None:
     assert data_order(7, needed=20, seed=2) != order
 
 
+def test_sorting_by_length_keeps_each_window_s_examples_and_saves_padding() -> None:
+    lengths = [3 + (7 * index) % 50 for index in range(100)]
+    plain = data_order(100, needed=320, seed=1)
+    grouped = data_order(100, needed=320, seed=1, lengths=lengths, batch_size=8, window=4)
+    for start in range(0, 320, 32):
+        assert sorted(plain[start : start + 32]) == sorted(grouped[start : start + 32])
+
+    def padded(order: list[int]) -> int:
+        return sum(max(lengths[index] for index in order[start : start + 8]) for start in range(0, 320, 8))
+
+    assert padded(grouped) < 0.8 * padded(plain)
+    assert data_order(100, needed=72, seed=1, lengths=lengths, batch_size=8, window=4) == grouped[:72]
+
+
 @pytest.mark.parametrize(("schedule", "end"), [("linear", 0.0), ("cosine", 0.0), ("constant", 1.0)])
 def test_the_learning_rate_rises_then_follows_its_shape(schedule: str, end: float) -> None:
     config = TrainingConfig(steps=100, warmup=0.1, schedule=schedule)  # type: ignore[arg-type]

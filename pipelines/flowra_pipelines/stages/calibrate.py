@@ -16,7 +16,7 @@ from flowra_adapters import attach, save_adapter
 from flowra_allocation import BottleneckGram, BottleneckObserver, flow_spectrum, mean_rank, sensitivity
 from flowra_analysis import FlowProfile, ModuleProfile, fisher_trace, profile_weights, write_profile
 from flowra_pipelines import plots
-from flowra_pipelines.data import Examples
+from flowra_pipelines.data import Examples, TextData
 from flowra_pipelines.run_config import RunConfig
 from flowra_pipelines.stages.record import StageResult
 from flowra_pipelines.stages.setting import Layers, Setting, base_model, load_setting, lora_layers, survey
@@ -89,10 +89,17 @@ def calibrate(config: RunConfig, folder: Path) -> StageResult:
             "loss": plots.loss_curve([(step, loss) for step, loss, _ in curve], title="Probe"),
         },
         summary={
+            "data": _describe(setting.data),
             "probe": f"rank {rank} on {len(ranks)} modules, {peak:,} parameters, {config.probe_steps} steps",
             "most sensitive": ", ".join(sorted(psi, key=lambda name: -psi[name])[:3]),
         },
     )
+
+
+def _describe(data: TextData) -> str:
+    """Count the examples, and those left out with the reason."""
+    out = [f"{count:,} left out because {reason}" for reason, count in data.left_out.items()]
+    return "; ".join([f"{len(data.train):,} training and {len(data.test):,} test examples", *out])
 
 
 def probe_rank(config: RunConfig, layers: Layers) -> int:
