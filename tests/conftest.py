@@ -9,6 +9,7 @@ from hypothesis import settings
 
 for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ.setdefault(variable, "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of child processes: two test workers share two cores
 
 settings.register_profile("flowra", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("flowra")

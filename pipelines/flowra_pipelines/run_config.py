@@ -98,7 +98,7 @@ class TrainingConfig(Section):
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Examples per micro-batch."""
     length_window: Annotated[int, Field(ge=1)] = 8
-    """Examples of so many micro-batches are sorted by length before they are cut, to save padding; 1 switches it off."""
+    """Micro-batches whose examples are sorted by length before they are cut, to save padding; 1 switches it off."""
     gradient_accumulation: Annotated[int, Field(ge=1)] = 1
     """Micro-batches per optimiser step."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3

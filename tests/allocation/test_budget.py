@@ -53,7 +53,7 @@ def test_part_of_a_parameter_is_refused(budget: str) -> None:
 
 @pytest.mark.parametrize("budget", [0, "0", "0%", "0.0%", "0.000001%"])
 def test_a_budget_below_one_parameter_is_refused(budget: str | int) -> None:
-    with pytest.raises(ValueError, match="budget must be at least one parameter, got .* of 1000"):
+    with pytest.raises(ValueError, match=r"budget must be at least one parameter, got .* of 1000"):
         parse_budget(budget, base_parameters=1000)
 
 

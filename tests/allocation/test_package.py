@@ -9,6 +9,5 @@ def test_all_is_what_the_package_offers() -> None:
         for name, value in vars(flowra_allocation).items()
         if not name.startswith("_") and not isinstance(value, ModuleType) and name != "version"
     }
-    # `breathe`, `greedy` and `sensitivity` are functions that bear the name of their module
     assert offered == set(flowra_allocation.__all__)
     assert flowra_allocation.__version__

@@ -1,0 +1,277 @@
+"""The observer against Grams written out by autograd, example by example."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertForSequenceClassification
+
+from flowra_adapters import LoRA, attach
+from flowra_allocation import BottleneckGram, BottleneckObserver
+from flowra_testing.tiny_models import batch, bert_classifier, called_twice, mlp
+
+QUERY = "bert.encoder.layer.0.attention.self.query"
+OUTPUT = "bert.encoder.layer.1.output.dense"
+POOLER = "bert.pooler.dense"
+RANKS = {QUERY: 3, OUTPUT: 2, POOLER: 2}
+
+
+def model_and_layers(*, dtype: torch.dtype = torch.float64) -> tuple[BertForSequenceClassification, dict[str, LoRA]]:
+    model = bert_classifier().to(dtype)
+    layers = attach(model, RANKS)
+    generator = torch.Generator().manual_seed(7)
+    for layer in layers.values():
+        layer.lora_B.data.copy_(torch.randn(layer.lora_B.shape, generator=generator, dtype=torch.float64))
+    return model, layers  # type: ignore[return-value]
+
+
+def losses(model: nn.Module, data: dict[str, Tensor]) -> Tensor:
+    """Return one loss per example."""
+    logits = model(input_ids=data["input_ids"], attention_mask=data["attention_mask"]).logits
+    return nn.functional.cross_entropy(logits, data["labels"], reduction="none")
+
+
+def explicit(model: nn.Module, layers: dict[str, LoRA], data: dict[str, Tensor]) -> dict[str, BottleneckGram]:
+    """Grams of each example's own loss, one example at a time and without its padding, from the layer's ends."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda module, args, output: seen.update({name: [args[0], output]})
+
+    handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in layers]
+    totals: dict[str, BottleneckGram] = {}
+    for index, length in enumerate(data["attention_mask"].sum(1).tolist()):
+        one = {"labels": data["labels"][index : index + 1]} | {
+            key: data[key][index : index + 1, :length] for key in ("input_ids", "attention_mask")
+        }
+        loss = losses(model, one).sum()
+        gradients = torch.autograd.grad(loss, [seen[name][1] for name in layers])
+        for (name, layer), gradient in zip(layers.items(), gradients, strict=True):
+            z = (seen[name][0].flatten(0, -2) @ layer.lora_A.T).detach()
+            delta = layer.scaling * gradient.flatten(0, -2) @ layer.lora_B.detach()
+            gram = BottleneckGram(z.T @ z, delta.T @ delta, float(len(z)), 1.0)
+            totals[name] = totals[name] + gram if name in totals else gram
+    for handle in handles:
+        handle.remove()
+    return totals
+
+
+def assert_same(actual: dict[str, BottleneckGram], expected: dict[str, BottleneckGram]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, gram in actual.items():
+        other = expected[name]
+        assert (gram.tokens, gram.examples) == (other.tokens, other.examples)
+        torch.testing.assert_close(gram.activations, other.activations.detach(), rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(gram.gradients, other.gradients.detach(), rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", ["mean", "sum"])
+def test_grams_are_those_of_each_example_s_own_loss_without_padding(loss: str) -> None:
+    model, layers = model_and_layers()
+    data = batch(num_labels=3)
+    with BottleneckObserver(model, layers, loss=loss) as observer:  # type: ignore[arg-type]
+        getattr(losses(model, data), loss)().backward()
+    assert_same(observer.total(), explicit(model, layers, data))
+    assert observer.total()[QUERY].tokens == data["attention_mask"].sum()
+    assert observer.total()[POOLER].tokens == 3  # pooled: one token per example, no padding
+
+
+def test_the_model_s_own_loss_is_a_mean() -> None:
+    model, layers = model_and_layers()
+    data = batch(num_labels=3)
+    with BottleneckObserver(model, layers, loss="mean") as observer:
+        model(**data).loss.backward()
+    assert_same(observer.total(), explicit(model, layers, data))
+
+
+def test_batches_add_up_one_entry_each() -> None:
+    model, layers = model_and_layers()
+    batches = [batch(num_labels=3, seed=1), batch(num_labels=3, seed=2, size=5, length=9)]
+    with BottleneckObserver(model, layers, loss="mean") as observer:
+        for data in batches:
+            losses(model, data).mean().backward()
+    assert [len(each) for each in observer.grams.values()] == [2, 2, 2]
+    first, second = (explicit(model, layers, data) for data in batches)
+    assert_same(observer.total(), {name: first[name] + second[name] for name in first})
+
+
+def test_two_forward_passes_before_their_backward_passes_keep_their_own_masks() -> None:
+    model, layers = model_and_layers()
+    batches = [batch(num_labels=3, seed=1), batch(num_labels=3, seed=2, size=5, length=9)]
+    with BottleneckObserver(model, layers, loss="mean") as observer:
+        waiting = [losses(model, data).mean() for data in batches]
+        for each in waiting:
+            each.backward()
+    first, second = (explicit(model, layers, data) for data in batches)
+    assert_same(observer.total(), {name: first[name] + second[name] for name in first})
+
+
+def test_passes_without_gradient_are_not_counted() -> None:
+    model, layers = model_and_layers()
+    data = batch(num_labels=3)
+    with BottleneckObserver(model, layers, loss="mean") as observer:
+        with torch.no_grad():
+            model.eval()(**data)
+        with torch.inference_mode():
+            model(**batch(num_labels=3, size=6))
+        losses(model, data).mean().backward()
+        with torch.no_grad():
+            model(**batch(num_labels=3, size=6))
+        model(**data)  # forward alone
+    assert_same(observer.total(), explicit(model, layers, data))
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not_reentrant", "reentrant"])
+@pytest.mark.parametrize("sketch", [False, True], ids=["grams", "with_sketch"])
+def test_gradient_checkpointing_counts_once(reentrant: bool, sketch: bool) -> None:
+    data = batch(num_labels=3)
+    grams, energies = [], []
+    for checkpointing in (False, True):
+        model, layers = model_and_layers()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        model.train()
+        if checkpointing:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": reentrant})  # transformers 5 renames it
+            model.enable_input_require_grads()
+        generator = torch.Generator().manual_seed(0)
+        with BottleneckObserver(model, layers, loss="mean", sketch=sketch, generator=generator) as observer:
+            losses(model, data).mean().backward()
+        assert [len(each) for each in observer.grams.values()] == [1, 1, 1]
+        grams.append(observer.total())
+        energies.append([each.leading_direction()[0] for each in observer.sketches.values()])
+    assert_same(grams[1], grams[0])
+    assert energies[1] == pytest.approx(energies[0], rel=1e-4)
+
+
+def test_a_module_called_twice_counts_its_examples_once() -> None:
+    model = called_twice().double()
+    layers = attach(model, {"shared": 2})
+    layers["shared"].lora_B.data.normal_()
+    x = torch.randn(5, 8, dtype=torch.float64)
+    with BottleneckObserver(model, layers, loss="sum") as observer:  # type: ignore[arg-type]
+        model(x).square().sum().backward()
+    total = observer.total()["shared"]
+    assert total.tokens == 10
+    assert total.examples == 5
+
+
+def test_a_batch_given_as_one_dictionary_counts_its_examples() -> None:
+    class FromDictionary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp(dtype=torch.float64)
+
+        def forward(self, data: dict[str, Tensor]) -> Tensor:
+            output: Tensor = self.inner(data["x"])
+            return output
+
+    model = FromDictionary()
+    layers = attach(model, {"inner.up": 2})
+    layers["inner.up"].lora_B.data.normal_()
+    with BottleneckObserver(model, layers, loss="mean") as observer:  # type: ignore[arg-type]
+        model({"x": torch.randn(5, 8, dtype=torch.float64)}).square().sum(1).mean().backward()
+    assert observer.total()["inner.up"].examples == 5
+
+
+def test_observing_changes_no_bit_of_loss_or_gradient() -> None:
+    data, found = batch(num_labels=3), []
+    for observed in (False, True):
+        model, layers = model_and_layers(dtype=torch.float32)
+        if observed:
+            generator = torch.Generator().manual_seed(0)
+            with BottleneckObserver(model, layers, loss="mean", sketch=True, generator=generator):
+                loss = model(**data).loss
+                loss.backward()
+        else:
+            loss = model(**data).loss
+            loss.backward()
+        found.append([loss.detach(), *(each.grad for each in model.parameters() if each.grad is not None)])
+    assert all(torch.equal(plain, watched) for plain, watched in zip(*found, strict=True))
+
+
+def hooks(model: nn.Module) -> dict[str, tuple[int, int]]:
+    return {
+        name: (len(module._forward_hooks), len(module._forward_pre_hooks)) for name, module in model.named_modules()
+    }
+
+
+@pytest.mark.parametrize("sketch", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+def test_observers_and_hooks_are_gone_on_exit_even_after_an_exception(sketch: bool, fails: bool) -> None:
+    model, layers = model_and_layers()
+    before = hooks(model)
+    observer = BottleneckObserver(model, layers, loss="mean", sketch=sketch, generator=torch.Generator().manual_seed(0))
+
+    def observe() -> None:
+        with observer:
+            assert all(layer.observer is not None for layer in layers.values())
+            assert hooks(model) != before
+            losses(model, batch(num_labels=3)).mean().backward()
+            if fails:
+                raise RuntimeError("the batch is lost")
+
+    if fails:
+        with pytest.raises(RuntimeError, match="the batch is lost"):
+            observe()
+    else:
+        observe()
+    assert all(layer.observer is None for layer in layers.values())
+    assert hooks(model) == before
+    seen = len(observer.grams[QUERY])
+    losses(model, batch(num_labels=3)).mean().backward()
+    assert len(observer.grams[QUERY]) == seen == 1
+
+
+def test_layers_of_rank_zero_are_skipped_and_still_sketched() -> None:
+    model = bert_classifier()
+    layers = attach(model, {QUERY: 0, OUTPUT: 2})
+    layers[OUTPUT].lora_B.data.normal_()
+    generator = torch.Generator().manual_seed(0)
+    with BottleneckObserver(model, layers, loss="mean", sketch=True, generator=generator) as observer:  # type: ignore[arg-type]
+        assert layers[QUERY].observer is None
+        model(**batch(num_labels=3)).loss.backward()
+    assert list(observer.total()) == [OUTPUT]
+    assert observer.sketches[QUERY].leading_direction()[0] > 0
+
+
+def test_the_sketch_sees_the_weight_gradient_that_the_adapter_cannot_follow() -> None:
+    model = mlp(dtype=torch.float64)
+    layers = attach(model, {"up": 2})
+    layer = layers["up"]
+    layer.lora_B.data.normal_()
+    model.up.weight.requires_grad_(True)
+    x = torch.randn(5, 8, dtype=torch.float64)
+    with BottleneckObserver(
+        model,
+        layers,
+        loss="mean",
+        sketch=True,
+        generator=torch.Generator().manual_seed(0),  # type: ignore[arg-type]
+    ) as observer:
+        model(x).square().mean().backward()
+    a, b = layer.lora_A.detach(), layer.lora_B.detach()
+    normal = model.up.weight.grad - b @ torch.linalg.pinv(b) @ model.up.weight.grad
+    normal -= normal @ torch.linalg.pinv(a) @ a
+    _, sigma, vt = torch.linalg.svd(normal)
+    energy, row = observer.sketches["up"].leading_direction()
+    assert energy == pytest.approx(sigma[0].item() ** 2, rel=1e-3)
+    assert abs(row.double() @ vt[0]).item() == pytest.approx(1, abs=1e-3)
+
+
+def test_no_sketch_is_made_unless_asked_for() -> None:
+    model, layers = model_and_layers()
+    with BottleneckObserver(model, layers, loss="mean") as observer:
+        losses(model, batch(num_labels=3)).mean().backward()
+    assert observer.sketches == {}
+
+
+def test_an_observer_that_saw_nothing_says_so() -> None:
+    model, layers = model_and_layers()
+    with BottleneckObserver(model, layers, loss="mean") as observer:
+        pass
+    with pytest.raises(ValueError, match="observer must see at least one forward and backward pass, got none"):
+        observer.total()

@@ -1,0 +1,52 @@
+"""Run configurations that are shipped load as they stand."""
+
+import re
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from flowra_pipelines.errors import UserError
+from flowra_pipelines.run_config import RunConfig, load_config
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+DEMO = Path(str(files("flowra_pipelines").joinpath("configs", "demo.yaml")))
+SHIPPED = [*sorted(EXAMPLES.glob("*.yaml")), DEMO]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_a_shipped_configuration_loads(path: Path) -> None:
+    assert load_config(path).name
+
+
+def test_both_tasks_have_an_example() -> None:
+    tasks = {load_config(path).model.task for path in SHIPPED}
+    assert tasks == {"sequence_classification", "causal_lm"}
+
+
+def keys_by_section(path: Path) -> dict[str, set[str]]:
+    """Collect the keys of each section, also those after a '#'; keys of the run itself are under ''."""
+    found: dict[str, set[str]] = {"": set()}
+    section = ""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if match := re.match(r"([a-z_]+):", line):
+            section = match[1]
+            found[""].add(section)
+        elif match := re.match(r"  (?:# )?([a-z_]+):", line):
+            found.setdefault(section, set()).add(match[1])
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
+def test_an_example_names_every_key_and_no_other(path: Path) -> None:
+    expected = {"": set(RunConfig.model_fields)}
+    for name, field in RunConfig.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            expected[name] = set(field.annotation.model_fields)
+    assert keys_by_section(path) == expected
+
+
+def test_a_misspelt_key_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(UserError, match=r"training.stepz must be a known key; nearest: steps"):
+        load_config(EXAMPLES / "classification.yaml", ["training.stepz=400"])

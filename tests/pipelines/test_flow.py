@@ -1,0 +1,120 @@
+"""The whole flow as a user runs it: a fresh process, Prefect's own server, MLflow on sqlite."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from flowra_pipelines.stages.record import STAGES
+from flowra_testing.tiny_runs import tiny_config, tiny_language_config
+
+
+def run_flowra(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PREFECT_HOME": str(folder / "prefect"), "COLUMNS": "160"}
+    command = [sys.executable, "-m", "flowra_pipelines.cli", "run", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=environment)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("flow")
+    (folder / "run.yaml").write_text(yaml.safe_dump(tiny_config(folder)))
+    done = run_flowra(folder, "run.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
+
+
+def runs(folder: Path) -> tuple[MlflowClient, Run, dict[str, Run]]:
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("flowra")
+    assert experiment is not None
+    found = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
+    parent = next(run for run in found if "mlflow.parentRunId" not in run.data.tags)
+    children = {
+        run.info.run_name: run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id
+    }
+    return client, parent, children
+
+
+@pytest.mark.slow
+def test_it_shows_progress_the_table_the_verdict_and_where_things_are(finished: tuple[Path, str]) -> None:
+    folder, shown = finished
+    for stage in STAGES:
+        assert f"\n{stage}\n" in f"\n{shown}"
+    for words in (
+        "base, trained head",
+        "uniform LoRA r=2 on query, value",
+        "Flowra",
+        "95 %",
+        "Time per stage:",
+        "Tie:",
+    ):
+        assert words in shown
+    assert f"Artifacts: {folder / 'runs' / 'tiny'}" in shown
+    assert f"-m mlflow ui --backend-store-uri sqlite:///{folder / 'runs' / 'mlflow.db'}" in shown
+    assert "Traceback" not in shown
+
+
+@pytest.mark.slow
+def test_mlflow_has_one_parent_and_one_child_per_stage(finished: tuple[Path, str]) -> None:
+    client, parent, children = runs(finished[0])
+    assert parent.info.status == "FINISHED"
+    assert parent.data.params["training.steps"] == "40"
+    assert set(children) == set(STAGES)
+    assert {run.info.status for run in children.values()} == {"FINISHED"}
+    assert len({run.data.tags["prefect.flow_run_id"] for run in children.values()}) == 1
+    assert len({run.data.tags["prefect.task_run_id"] for run in children.values()}) == 6
+    history = [
+        metric.step
+        for stage in ("calibrate", "train", "refine")
+        for metric in client.get_metric_history(children[stage].info.run_id, "train/loss")
+    ]
+    assert history == list(range(1, 41))
+    plots = {
+        Path(item.path).name for run in children.values() for item in client.list_artifacts(run.info.run_id, "plots")
+    }
+    assert {"sensitivity.png", "rank_plan.png", "rank_over_time.png", "loss.png"} <= plots
+    artifacts = {
+        stage: {item.path for item in client.list_artifacts(run.info.run_id)} for stage, run in children.items()
+    }
+    assert {"profile.json", "profile.safetensors", "adapter"} <= artifacts["calibrate"]
+    assert "plan.json" in artifacts["allocate"]
+    assert "rank_history.json" in artifacts["refine"]
+    assert "model" not in artifacts["merge"]
+    assert "metrics.json" in artifacts["evaluate"]
+    assert "test/accuracy/flowra" in children["evaluate"].data.metrics
+
+
+@pytest.mark.slow
+def test_the_same_command_again_reuses_every_stage(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    before = json.loads((folder / "runs" / "tiny" / "refine" / "stage.json").read_text())
+    again = run_flowra(folder, "run.yaml", "--no-prefect")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("unchanged: reusing its artifacts") == 6
+    assert json.loads((folder / "runs" / "tiny" / "refine" / "stage.json").read_text()) == before
+
+
+@pytest.mark.slow
+def test_a_mistake_inside_the_flow_is_one_line(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    failed = run_flowra(folder, "run.yaml", "--set", "adapter.targets=[qurey]", "--set", "name=wrong")
+    assert failed.returncode == 2
+    assert "flowra: patterns must match at least one module, got 'qurey'" in failed.stderr
+    assert "Traceback" not in failed.stderr + failed.stdout
+
+
+@pytest.mark.slow
+def test_a_language_model_runs_without_prefect(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny_language_config(tmp_path)))
+    done = run_flowra(tmp_path, "run.yaml", "--no-prefect")
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = json.loads((tmp_path / "runs" / "language" / "evaluate" / "metrics.json").read_text())
+    assert metrics["rows"]["flowra"]["accuracy"] is None
+    assert metrics["rows"]["flowra"]["loss"]["value"] < metrics["rows"]["base"]["loss"]["value"]
