@@ -124,6 +124,8 @@ def _open(source: str, split: str) -> datasets.Dataset:
     path = resolve(source)
     if path is None:
         return datasets.load_dataset(source, split=split)
+    if split not in ("train", "test"):
+        raise UserError(f"split must be left out for a file, got {split!r} for {source!r}: it has no effect")
     suffixes = [suffix for suffix in path.suffixes if suffix not in COMPRESSIONS]
     kind = FORMATS.get(suffixes[-1] if suffixes else "")
     if kind is None:

@@ -137,8 +137,8 @@ class RefinementConfig(Section):
     """Share of T at which refinement begins; ``train`` runs from the probe's end to here."""
     freeze: Annotated[float, Field(gt=0, lt=1)] = 0.7
     """Share of T after which ranks stay."""
-    events: Annotated[int, Field(ge=1)] = 4
-    """Number of events between start and freeze."""
+    events: Annotated[int, Field(ge=2)] = 4
+    """Number of events from start to freeze; rank moves at all but the last."""
     share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Part of the budget that changes hands at an event."""
     observe: Annotated[int, Field(ge=1)] = 4

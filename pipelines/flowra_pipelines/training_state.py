@@ -111,6 +111,9 @@ def read_training_state(folder: Path) -> TrainingState:
         state = TrainingState(**content, tensors=load_file(folder / f"{NAME}.safetensors"))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"training state must be whole, got {error}; in {folder}. Rerun the stage before.") from None
-    if found != TrainingState.format_version:
+    if type(found) is not int or found != TrainingState.format_version:
         raise UserError(f"format_version must be {TrainingState.format_version}, got {found!r}; in {folder}")
+    counts = (state.step, state.total_steps, state.seed, state.examples_seen, state.peak_parameters)
+    if not all(type(count) is int and count >= 0 for count in counts) or state.step > state.total_steps:
+        raise UserError(f"training state must hold counts ≥ 0 with step ≤ total_steps, got {counts}; in {folder}")
     return state

@@ -51,14 +51,9 @@ def test_the_file_names_its_version(plan: RankPlan, tmp_path: Path) -> None:
     assert content["modules"]["layer.0.query"]["kind"] == "lora"
 
 
-def test_a_plan_that_is_not_finite_is_not_written_over_a_good_one(plan: RankPlan, tmp_path: Path) -> None:
-    before = write_plan(plan, tmp_path).read_bytes()
-    module = ModulePlan(rank=0, alpha=0.0, cost_per_rank=1, psi=float("nan"), gains=())
-    broken = RankPlan(modules={"a": module}, budget=1, parameters=0, scaling=1.0, sensitivity_threshold=0.0)
-    with pytest.raises(ValueError, match="Out of range float values are not JSON compliant"):
-        write_plan(broken, tmp_path)
-    assert (tmp_path / "plan.json").read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+def test_a_module_that_is_not_finite_cannot_be_planned() -> None:
+    with pytest.raises(ValueError, match=r"alpha, psi in \[0, 1\] and gains must be finite numbers"):
+        ModulePlan(rank=0, alpha=0.0, cost_per_rank=1, psi=float("nan"), gains=())
 
 
 @pytest.mark.parametrize(
@@ -66,16 +61,21 @@ def test_a_plan_that_is_not_finite_is_not_written_over_a_good_one(plan: RankPlan
     [
         (2, 3, 5, 6, r"parameters must be Σ cost · rank = 6 ≤ budget 5, got 6"),
         (2, 3, 9, 5, r"parameters must be Σ cost · rank = 6 ≤ budget 9, got 5"),
-        (-1, 3, 9, -3, r"rank must be ≥ 0 and cost_per_rank ≥ 1, got .*'a'"),
-        (2, 0, 9, 0, r"rank must be ≥ 0 and cost_per_rank ≥ 1, got .*'a'"),
+        (-1, 3, 9, -3, r"whole rank ≥ 0 and cost_per_rank ≥ 1, got"),
+        (2, 0, 9, 0, r"whole rank ≥ 0 and cost_per_rank ≥ 1, got"),
     ],
 )
 def test_a_plan_that_breaks_its_own_promise_is_refused(
     rank: int, cost: int, budget: int, parameters: int, message: str
 ) -> None:
-    module = ModulePlan(rank=rank, alpha=1.0, cost_per_rank=cost, psi=0.5, gains=(1.0, 0.5))
+    def plan() -> RankPlan:
+        module = ModulePlan(rank=rank, alpha=1.0, cost_per_rank=cost, psi=0.5, gains=(1.0, 0.5))
+        return RankPlan(
+            modules={"a": module}, budget=budget, parameters=parameters, scaling=1.0, sensitivity_threshold=0.05
+        )
+
     with pytest.raises(ValueError, match=message):
-        RankPlan(modules={"a": module}, budget=budget, parameters=parameters, scaling=1.0, sensitivity_threshold=0.05)
+        plan()
 
 
 def test_a_missing_plan_is_refused(tmp_path: Path) -> None:

@@ -220,7 +220,7 @@ def test_a_plan_follows_its_schema(gains: dict[str, list[float]], budget: int, t
 def test_a_rank_history_follows_its_schema_with_and_without_times() -> None:
     event = RankEvent(step=4, ranks={"a": 1, "b": 0}, parameters=8, dropped={"b": 1}, admitted=("a",), kkt_gap=None)
     history = RankHistory(
-        initial={"a": 0, "b": 1}, budget=10, schedule=RefinementSchedule(start=0, freeze=4, events=1), events=[event]
+        initial={"a": 0, "b": 1}, budget=10, schedule=RefinementSchedule(start=0, freeze=4, events=2), events=[event]
     )
     content = json.loads(json.dumps(history.as_json()))
     validator("rank_history").validate(content)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from flowra_adapters import load_adapter, read_checkpoint
-from flowra_allocation import read_plan
+from flowra_allocation import read_plan, write_plan
 from flowra_analysis import read_profile, write_profile
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.run_config import RunConfig, load_config
@@ -194,6 +194,27 @@ def test_the_same_run_elsewhere_gives_the_same_artifacts(config: RunConfig, tmp_
         assert first is not None
         assert not reused
         assert record.artifacts == first.artifacts
+
+
+def test_a_plan_edited_by_hand_is_trained_and_seen_as_edited(copy: RunConfig) -> None:
+    plan = read_plan(copy.folder / "allocate")
+    dropped = next(name for name, rank in plan.ranks.items() if rank)
+    smaller = dataclasses.replace(
+        plan.modules[dropped], rank=plan.ranks[dropped] - 1, alpha=2.0 * (plan.ranks[dropped] - 1)
+    )
+    edited = dataclasses.replace(
+        plan,
+        modules={**plan.modules, dropped: smaller},
+        parameters=plan.parameters - smaller.cost_per_rank,
+    )
+    write_plan(edited, copy.folder / "allocate")
+    _, reused = run_stage("train", WORK["train"], copy, log=unlogged)
+    assert not reused
+    trained = read_checkpoint(copy.folder / "train" / "adapter").factors
+    assert {name: a.shape[0] for name, (a, _) in trained.items()} == {n: r for n, r in edited.ranks.items() if r}
+    _, reused = run_stage("allocate", WORK["allocate"], copy, log=unlogged)
+    assert not reused
+    assert read_plan(copy.folder / "allocate") == plan
 
 
 def test_what_an_interrupted_stage_left_behind_is_never_read(copy: RunConfig) -> None:

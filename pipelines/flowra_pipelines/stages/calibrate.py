@@ -17,6 +17,7 @@ from flowra_allocation import BottleneckGram, BottleneckObserver, flow_spectrum,
 from flowra_analysis import FlowProfile, ModuleProfile, fisher_trace, profile_weights, write_profile
 from flowra_pipelines import plots
 from flowra_pipelines.data import Examples, TextData
+from flowra_pipelines.errors import UserError
 from flowra_pipelines.run_config import RunConfig
 from flowra_pipelines.stages.record import StageResult
 from flowra_pipelines.stages.setting import Layers, Setting, base_model, load_setting, lora_layers, survey
@@ -133,7 +134,7 @@ def _write_grams(grams: Mapping[str, BottleneckGram], folder: Path) -> None:
 
 
 def _calibration_batches(config: RunConfig, setting: Setting) -> list[dict[str, Tensor]]:
-    """Take training examples that the probe saw last in its order, or all if there are fewer."""
+    """Draw training examples, in an order of their own, or take all if there are fewer."""
     count = min(config.calibration.examples, len(setting.train))
     chosen: Examples = setting.train.select(data_order(len(setting.train), needed=count, seed=config.seed + 1))
     size = config.calibration.batch_size
@@ -151,6 +152,9 @@ def _gather(model: nn.Module, setting: Setting, batches: list[dict[str, Tensor]]
             losses, _, _ = setting.task.losses(model, moved)
             losses.sum().backward()
             model.zero_grad(set_to_none=True)
+    unreached = observer.unreached()
+    if unreached:
+        raise UserError(f"every layer must take part in the loss, got no gradient at {unreached[0]!r}. Exclude it.")
     return observer.grams
 
 
@@ -163,9 +167,8 @@ def _profile(
     grams: dict[str, list[BottleneckGram]],
 ) -> FlowProfile:
     gains = {name: flow_spectrum(sum(each[1:], each[0])).gains for name, each in grams.items()}
-    rank = math.ceil(mean_rank(layers.costs, layers.budget))
-    psi = sensitivity({name: each.tolist() for name, each in gains.items()}, layers.costs, mean_rank=rank)
-    psi_error = _jackknife(grams, layers, rank)
+    psi = sensitivity({name: each.tolist() for name, each in gains.items()}, layers.costs)
+    psi_error = _jackknife(grams, layers)
     traces = fisher_trace(
         model,
         batches,
@@ -203,7 +206,7 @@ def _profile(
     )
 
 
-def _jackknife(grams: Mapping[str, list[BottleneckGram]], layers: Layers, rank: int) -> dict[str, float]:
+def _jackknife(grams: Mapping[str, list[BottleneckGram]], layers: Layers) -> dict[str, float]:
     """Estimate the standard error of ψ by leaving out one batch at a time; 0 where there is only one."""
     count = min(len(each) for each in grams.values())
     if count < 2:
@@ -212,7 +215,7 @@ def _jackknife(grams: Mapping[str, list[BottleneckGram]], layers: Layers, rank: 
     for left_out in range(count):
         rest = {name: [*each[:left_out], *each[left_out + 1 :]] for name, each in grams.items()}
         gains = {name: flow_spectrum(sum(each[1:], each[0])).gains.tolist() for name, each in rest.items()}
-        replicates.append(sensitivity(gains, layers.costs, mean_rank=rank))
+        replicates.append(sensitivity(gains, layers.costs))
     errors = {}
     for name in grams:
         values = torch.tensor([each[name] for each in replicates], dtype=torch.float64)

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,7 @@ __all__ = ["STAGES", "StageRecord", "StageResult", "read_record", "run_stage"]
 
 RECORD = "stage.json"
 FORMAT_VERSION = 1
+PARTS = ("analysis", "allocation", "adapters", "compose", "pipelines")
 STAGES = ("calibrate", "allocate", "train", "refine", "merge", "evaluate")
 # What a stage reads of the configuration, beside everything the stages before it read.
 SECTIONS: Mapping[str, tuple[str, ...]] = {
@@ -95,7 +97,7 @@ def run_stage(
     fingerprint = _fingerprint(name, config)
     if not force and final.is_dir():
         record = read_record(final)
-        if record is not None and record.fingerprint == fingerprint:
+        if record is not None and record.fingerprint == fingerprint and record.artifacts == _hashes(final):
             return record, True
     partial = config.folder / f"{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -138,29 +140,35 @@ def _fingerprint(name: str, config: RunConfig) -> str:
     reads: dict[str, Any] = {section: values[section] for stage in STAGES[: index + 1] for section in SECTIONS[stage]}
     if index >= STAGES.index("train"):
         reads["refinement_start"] = config.refinement_start
-    reads["versions"] = {
-        package: version(package)
-        for package in ("flowra-analysis", "flowra-allocation", "flowra-adapters", "flowra-compose", "flowra-pipelines")
-    }
-    reads["files"] = [content_hash(path) for path in _inputs(config)]
+    reads["versions"] = {package: version(package) for package in ("torch", "transformers")}
+    reads["code"] = _code_hash()
+    reads["files"] = [content_hash(path) for path in _inputs(config, merging=index >= STAGES.index("merge"))]
     for earlier in STAGES[:index]:
         record = read_record(config.folder / earlier)
         if record is None:
             raise UserError(
                 f"{name} needs the artifacts of {earlier}, got none in {config.folder}. Run `flowra {earlier}`."
             )
-        reads[earlier] = record.artifacts
+        reads[earlier] = _hashes(config.folder / earlier)  # as they are now: a plan may be edited by hand
     return sha256(json.dumps(reads, sort_keys=True).encode()).hexdigest()
 
 
-def _inputs(config: RunConfig) -> list[Path]:
+@cache
+def _code_hash() -> str:
+    """Hash our own source, so that artifacts of other code are never taken for this code's."""
+    folders = [resolve(f"package://flowra_{part}/") for part in PARTS]
+    return sha256("".join(content_hash(folder) for folder in folders if folder is not None).encode()).hexdigest()
+
+
+def _inputs(config: RunConfig, *, merging: bool) -> list[Path]:
+    """List the files outside the run that a stage reads."""
     model = resolve(config.model.path)
-    extra = [Path(each.path) for each in config.merge.extra if Path(each.path).exists()]
+    extra = [Path(each.path) for each in config.merge.extra if merging and Path(each.path).exists()]
     return [*([] if model is None else [model]), *data_paths(config.data), *extra]
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / RECORD)
     return {path.relative_to(folder).as_posix(): content_hash(path) for path in files}
 
 

@@ -103,6 +103,9 @@ class AdapterCheckpoint:
                 raise ValueError(f"factors must be floating point of ≥ 16 bits, got {a.dtype}, {b.dtype} for {name!r}")
             if not (torch.isfinite(a).all() and torch.isfinite(b).all() and math.isfinite(self.scalings[name])):
                 raise ValueError(f"factors must be finite, got NaN or infinity for {name!r}")
+        both = [name for name in self.factors if _owner(f"{name}.weight", self.trained_modules) is not None]
+        if both:
+            raise ValueError(f"a module must be adapted or trained in full, got both for {both[0]!r}")
         strays = [name for name in self.modules_to_save if _owner(name, self.trained_modules) is None]
         if strays:
             raise ValueError(f"modules_to_save must lie in trained_modules {self.trained_modules}, got {strays[0]!r}")

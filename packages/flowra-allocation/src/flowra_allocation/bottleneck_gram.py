@@ -49,6 +49,12 @@ class BottleneckGram:
         grams = [(each.T @ each).to("cpu", torch.float64) for each in (z, delta)]
         return BottleneckGram(grams[0], grams[1], float(len(z)), float(examples))
 
+    @staticmethod
+    def empty(rank: int) -> "BottleneckGram":
+        """Return the sums over nothing."""
+        zeros = torch.zeros(rank, rank, dtype=torch.float64)
+        return BottleneckGram(zeros, zeros, 0.0, 0.0)
+
     def __add__(self, other: "BottleneckGram") -> "BottleneckGram":
         return BottleneckGram(
             self.activations + other.activations,
@@ -80,7 +86,7 @@ def flow_spectrum(gram: BottleneckGram, *, jitter: float = 1e-6) -> FlowSpectrum
     """Diagonalise the two Grams together.
 
     Args:
-        gram: sums over at least one token and one example.
+        gram: sums over tokens and examples; over none, all gains are 0.
         jitter: ε = jitter · tr(M_A)/r is added to M_A, so that a direction that saw no input can be factorised.
 
     Returns:
@@ -90,13 +96,15 @@ def flow_spectrum(gram: BottleneckGram, *, jitter: float = 1e-6) -> FlowSpectrum
         ValueError: if a Gram holds NaN or infinity.
     """
     # δ = ∂ℓ/∂z carries one factor s, so s² · M_B of the formulae is the Gram of δ itself.
-    m_a = gram.activations / gram.tokens
-    s2_m_b = gram.gradients / gram.examples
+    m_a = gram.activations / max(gram.tokens, 1e-300)
+    s2_m_b = gram.gradients / max(gram.examples, 1e-300)
     if not (torch.isfinite(m_a).all() and torch.isfinite(s2_m_b).all()):
         raise ValueError("bottleneck Grams must be finite, got NaN or infinity. Lower the learning rate.")
     rank = len(m_a)
     if rank == 0:
         return FlowSpectrum(m_a.new_zeros(0), m_a, m_a)
+    if not m_a.any():  # no input was seen: nothing to separate, nothing to gain
+        return FlowSpectrum(m_a.new_zeros(rank), torch.eye(rank).to(m_a), torch.eye(rank).to(m_a))
     epsilon = jitter * m_a.diagonal().mean() + torch.finfo(m_a.dtype).tiny
     lower = torch.linalg.cholesky(m_a + epsilon * torch.eye(rank, dtype=m_a.dtype))
     eigenvalues, vectors = torch.linalg.eigh(lower.T @ s2_m_b @ lower)

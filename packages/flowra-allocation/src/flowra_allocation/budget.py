@@ -24,7 +24,7 @@ def parse_budget(budget: str | int, *, base_parameters: int) -> int:
         >>> parse_budget("0.1%", base_parameters=22_713_216)
         22713
     """
-    match = re.fullmatch(r"\s*(\d[\d_]*\.?\d*|\.\d+)\s*(%?)\s*", str(budget))
+    match = re.fullmatch(r"\s*(\d+(?:_\d+)*\.?\d*|\.\d+)\s*(%?)\s*", str(budget))
     if isinstance(budget, bool) or match is None:
         raise ValueError(f"budget must be a percentage like '0.1%' or a number of parameters, got {budget!r}")
     number, percent = str(match[1]), str(match[2])

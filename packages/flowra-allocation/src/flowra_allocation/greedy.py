@@ -54,7 +54,7 @@ def greedy(
     Raises:
         ValueError: if the names differ, a cost is below 1, or gains are negative, increasing or not finite.
     """
-    _check(gains, costs, budget)
+    check_gains(gains, costs, budget)
     limits = {name: min(len(each), (caps or {}).get(name, len(each))) for name, each in gains.items()}
     ranks = dict.fromkeys(gains, 0)
     queue = [(-gains[name][0] / costs[name], name) for name in gains if limits[name] > 0]
@@ -74,7 +74,8 @@ def greedy(
     return Allocation(ranks=ranks, parameters=budget - left, gain=gain, last_in=last_in, first_out=first_out)
 
 
-def _check(gains: Mapping[str, Sequence[float]], costs: Mapping[str, int], budget: int) -> None:
+def check_gains(gains: Mapping[str, Sequence[float]], costs: Mapping[str, int], budget: int) -> None:
+    """Refuse a knapsack that is not one: raises ValueError."""
     if gains.keys() != costs.keys():
         raise ValueError(f"costs must name the modules of gains, got {sorted(gains.keys() ^ costs.keys())} in one only")
     if budget < 0:

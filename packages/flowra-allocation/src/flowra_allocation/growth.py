@@ -25,9 +25,10 @@ class GradientSketch:
 
     def __init__(self, lora_A: Tensor, lora_B: Tensor, *, generator: torch.Generator, size: int = 10) -> None:
         n, m = lora_A.shape[1], lora_B.shape[0]
-        size = min(size, m, n)
         self._basis_A = _basis(lora_A.float().T)  # (n, r)
         self._basis_B = _basis(lora_B.float())  # (m, r')
+        # N has no more directions than the bases leave; further probes would only amplify rounding.
+        size = max(0, min(size, m - self._basis_B.shape[1], n - self._basis_A.shape[1]))
         device = lora_A.device
         omega = torch.randn(n, size, generator=generator).to(device)
         psi = torch.randn(min(2 * size + 1, m), m, generator=generator).to(device)
@@ -44,6 +45,8 @@ class GradientSketch:
 
     def leading_direction(self) -> tuple[float, Tensor]:
         """Return σ₁(N)² and the leading right singular vector ``(n,)``, of norm 1, orthogonal to the rows of A."""
+        if not self._omega.numel() or not self._y.any():  # nothing is left to follow, or nothing was seen
+            return 0.0, torch.zeros_like(self._z[0] if len(self._z) else self._basis_A[:, 0])
         y = (self._y - self._basis_B @ (self._basis_B.T @ self._y)).double()
         z = (self._z - (self._z @ self._basis_A) @ self._basis_A.T).double()
         q, _ = torch.linalg.qr(y)

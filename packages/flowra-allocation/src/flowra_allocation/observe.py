@@ -60,6 +60,8 @@ class BottleneckObserver:
         self._loss = loss
         self._mask: Tensor | None = None
         self._examples = 1
+        self._batch = 0
+        self._last_batch: dict[str, int] = {}
         self._stack = ExitStack()
         if sketch:
             assert generator is not None
@@ -69,18 +71,22 @@ class BottleneckObserver:
             }
 
     def total(self) -> dict[str, BottleneckGram]:
-        """Sum the batches, for the modules that were seen at all.
+        """Sum the batches. A layer that the loss did not reach has no gains: see :meth:`unreached`.
 
         Returns:
-            Module name to Gram.
+            Module name to Gram, for the layers of rank ≥ 1.
 
         Raises:
-            ValueError: if nothing was seen.
+            ValueError: if there are such layers and none was reached.
         """
-        totals = {name: sum(grams[1:], grams[0]) for name, grams in self.grams.items() if grams}
-        if not totals:
+        live = {name: len(layer.lora_A) for name, layer in self._layers.items() if len(layer.lora_A) > 0}
+        if live and len(self.unreached()) == len(live):
             raise ValueError("observer must see at least one forward and backward pass, got none")
-        return totals
+        return {name: sum(self.grams[name], BottleneckGram.empty(rank)) for name, rank in live.items()}
+
+    def unreached(self) -> list[str]:
+        """Name the layers of rank ≥ 1 that no backward pass reached."""
+        return [name for name, layer in self._layers.items() if len(layer.lora_A) > 0 and not self.grams[name]]
 
     def __enter__(self) -> "BottleneckObserver":
         handle = self._model.register_forward_pre_hook(self._begin_batch, with_kwargs=True)
@@ -91,7 +97,8 @@ class BottleneckObserver:
                 self._stack.callback(setattr, layer, "observer", None)
         for name in self.sketches:
             module = self._model.get_submodule(name)
-            self._stack.callback(module.register_forward_hook(partial(self._see_layer, name)).remove)
+            handle = module.register_forward_hook(partial(self._see_layer, name), with_kwargs=True)
+            self._stack.callback(handle.remove)
         return self
 
     def __exit__(
@@ -100,24 +107,40 @@ class BottleneckObserver:
         self._stack.close()
 
     def _begin_batch(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 0]
+        inputs = dict(kwargs)
+        for value in args:  # a batch may be one positional mapping
+            inputs |= value if isinstance(value, Mapping) else {str(len(inputs)): value}
+        tensors = [value for value in inputs.values() if isinstance(value, Tensor) and value.ndim > 0]
         self._examples = len(tensors[0]) if tensors else 1
-        mask = kwargs.get("attention_mask")
+        mask = inputs.get("attention_mask")
         self._mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        self._batch += 1
 
     def _see_bottleneck(self, name: str, z: Tensor) -> None:
         if z.requires_grad and torch.is_grad_enabled():
             seen = z.detach()
-            z.register_hook(partial(self._add_gram, name, seen, self._mask, self._examples))
+            z.register_hook(partial(self._add_gram, name, seen, self._mask, self._examples, self._batch))
 
-    def _add_gram(self, name: str, z: Tensor, mask: Tensor | None, examples: int, delta: Tensor) -> None:
+    def _add_gram(self, name: str, z: Tensor, mask: Tensor | None, examples: int, batch: int, delta: Tensor) -> None:
         scale = examples if self._loss == "mean" else 1
-        gram = BottleneckGram.of(_tokens(z, mask), _tokens(delta, mask) * scale, examples=examples)
-        self.grams[name].append(gram)
+        again = self._last_batch.get(name) == batch  # a module called twice sees the same examples again
+        gram = BottleneckGram.of(_tokens(z, mask), _tokens(delta, mask) * scale, examples=0 if again else examples)
+        if again:
+            self.grams[name][-1] += gram
+        else:
+            self.grams[name].append(gram)
+        self._last_batch[name] = batch
 
-    def _see_layer(self, name: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if output.requires_grad and torch.is_grad_enabled():
-            output.register_hook(partial(self._add_sketch, name, args[0].detach()))
+    def _see_layer(
+        self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        # In front of all trainable layers there is no graph yet. The copy lets what follows work in place.
+        traced = output if output.requires_grad else output.requires_grad_().clone()
+        x: Tensor = args[0] if args else kwargs["input"]
+        traced.register_hook(partial(self._add_sketch, name, x.detach()))
+        return traced
 
     def _add_sketch(self, name: str, x: Tensor, gradient: Tensor) -> None:
         self.sketches[name].update(x.flatten(0, -2), gradient.flatten(0, -2))

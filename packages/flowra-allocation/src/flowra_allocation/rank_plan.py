@@ -5,10 +5,11 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from flowra_allocation.greedy import greedy
+from flowra_allocation.greedy import check_gains, greedy
 from flowra_allocation.sensitivity import sensitivity
 
 __all__ = ["ModulePlan", "RankPlan", "allocate", "mean_rank", "read_plan", "write_plan"]
@@ -33,6 +34,20 @@ class ModulePlan:
     """Sensitivity in [0, 1]; modules below the threshold get rank 0."""
     gains: tuple[float, ...]
     """Gain of the first, second, … unit of rank, in units of the loss."""
+
+    def __post_init__(self) -> None:
+        """Check that the values can be what they say.
+
+        Raises:
+            ValueError: if a value is of another type or out of range.
+        """
+        whole = type(self.rank) is int and type(self.cost_per_rank) is int
+        if self.kind != "lora" or not whole or self.rank < 0 or self.cost_per_rank < 1:
+            raise ValueError(f"module must be 'lora' with whole rank ≥ 0 and cost_per_rank ≥ 1, got {self}")
+        if not all(_is_number(value) for value in (self.alpha, self.psi, *self.gains)) or not 0 <= self.psi <= 1:
+            raise ValueError(f"alpha, psi in [0, 1] and gains must be finite numbers, got {self}")
+        if any(first < second for first, second in pairwise((*self.gains, 0.0))):
+            raise ValueError(f"gains must be ≥ 0 and non-increasing, got {self.gains}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,16 +85,25 @@ class RankPlan:
         """Check that the plan keeps its own promise.
 
         Raises:
-            ValueError: if a rank is negative, the count is wrong, or the budget is exceeded.
+            ValueError: if a value is out of range, the count is wrong, or the budget is exceeded.
         """
-        negative = [name for name, module in self.modules.items() if module.rank < 0 or module.cost_per_rank < 1]
-        if negative:
-            raise ValueError(
-                f"rank must be ≥ 0 and cost_per_rank ≥ 1, got {self.modules[negative[0]]}: {negative[0]!r}"
-            )
+        if not self.modules or type(self.budget) is not int or not _is_number(self.scaling) or self.scaling == 0:
+            raise ValueError(f"plan must have modules, a whole budget and a scaling other than 0, got {self.budget!r}")
+        if not _is_number(self.sensitivity_threshold) or not 0 <= self.sensitivity_threshold < 1:
+            raise ValueError(f"sensitivity_threshold must be in [0, 1), got {self.sensitivity_threshold!r}")
+        for edge in (self.last_in, self.first_out):
+            if edge is not None and not (len(edge) == 2 and edge[0] in self.modules and _is_number(edge[1])):
+                raise ValueError(f"last_in and first_out must be a module and a gain per parameter, got {edge!r}")
         used = sum(module.rank * module.cost_per_rank for module in self.modules.values())
         if used != self.parameters or used > self.budget:
             raise ValueError(f"parameters must be Σ cost · rank = {used} ≤ budget {self.budget}, got {self.parameters}")
+        off = [name for name, each in self.modules.items() if not math.isclose(each.alpha, self.scaling * each.rank)]
+        if off:
+            raise ValueError(f"alpha must be scaling · rank, got {self.modules[off[0]].alpha} for {off[0]!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def mean_rank(costs: Mapping[str, int], budget: int) -> float:
@@ -94,9 +118,11 @@ def allocate(
     budget: int,
     sensitivity_threshold: float = 0.05,
     scaling: float = 2.0,
-    cap_factor: float = 8.0,
 ) -> RankPlan:
     """Spend a budget where it pays: rank 0 below the threshold, greedy knapsack above it.
+
+    ψ is taken over the first unit of rank, so that which modules are eligible does not depend on the budget: a larger
+    budget never plans less. (METHODS 8.8 takes it over ⌈r̄⌉ units, which is the same for r̄ ≤ 1 but breaks that law.)
 
     Args:
         gains: module name to the flow gains of its units of rank, non-increasing (METHODS 8.7).
@@ -104,7 +130,6 @@ def allocate(
         budget: P, in parameters.
         sensitivity_threshold: η in [0, 1); 0 switches it off. 0.05 means a density below 1/19 of the median module's.
         scaling: s, written into the plan.
-        cap_factor: no module gets more than ⌈cap_factor · r̄⌉, r̄ the mean rank.
 
     Returns:
         The plan, modules in the order of ``gains``.
@@ -114,15 +139,14 @@ def allocate(
     """
     if not 0 <= sensitivity_threshold < 1:
         raise ValueError(f"sensitivity_threshold must be in [0, 1), got {sensitivity_threshold}")
-    if not gains or budget < min(costs.values()):
-        cheapest = min(costs.values(), default=0)
+    check_gains(gains, costs, max(budget, 0))
+    cheapest = min(costs.values(), default=0)
+    if not gains or budget < cheapest:
         raise ValueError(
             f"budget must be at least one unit of rank, {cheapest} parameters here, got {budget}. Raise it."
         )
-    average = mean_rank(costs, budget)
-    psi = sensitivity(gains, costs, mean_rank=math.ceil(average))
-    cap = math.ceil(cap_factor * average)
-    caps = {name: cap if psi[name] >= sensitivity_threshold else 0 for name in gains}
+    psi = sensitivity(gains, costs)
+    caps = {name: len(gains[name]) if psi[name] >= sensitivity_threshold else 0 for name in gains}
     chosen = greedy(gains, costs, budget, caps=caps)
     modules = {
         name: ModulePlan(
@@ -171,16 +195,21 @@ def read_plan(folder: str | Path) -> RankPlan:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content.pop("format_version")
-        if version != RankPlan.format_version:
+        if type(version) is not int or version != RankPlan.format_version:
             raise ValueError(f"format_version must be {RankPlan.format_version}, got {version!r}")
         modules = {
-            name: ModulePlan(**{**module, "gains": tuple(module["gains"])})
+            name: ModulePlan(**{**module, "gains": _as_tuple(module["gains"])})
             for name, module in content.pop("modules").items()
         }
         for edge in ("last_in", "first_out"):
-            content[edge] = tuple(content[edge]) if content[edge] else None
+            content[edge] = None if content[edge] is None else _as_tuple(content[edge])
         return RankPlan(modules=modules, **content)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"plan must follow docs/formats/plan.md, got {type(error).__name__}: {error}; in {path}"
-        ) from None
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"plan must follow docs/formats/plan.md, got {problem}; in {path}") from None
+
+
+def _as_tuple(values: object) -> tuple[Any, ...]:
+    if not isinstance(values, list):
+        raise TypeError(f"a list is needed, got {values!r}")
+    return tuple(values)

@@ -42,11 +42,11 @@ class RefinementSchedule:
     freeze: int
     """Ranks are frozen from this step on; the last event happens there."""
     events: int = 4
-    """Number of events, evenly spaced, ≥ 1."""
+    """Number of events, evenly spaced, ≥ 2: rank moves at all but the last, which is the freeze."""
     share: float = 0.1
     """Part of the budget that changes hands at an event, in (0, 1)."""
     observe: int = 4
-    """Micro-batches before each event on which statistics are gathered, ≥ 1."""
+    """Steps before each event on which statistics are gathered, ≥ 1."""
 
     def __post_init__(self) -> None:
         """Check that the schedule can fire.
@@ -54,8 +54,8 @@ class RefinementSchedule:
         Raises:
             ValueError: if there is no room for the events between start and freeze.
         """
-        if self.events < 1 or self.observe < 1 or not 0 < self.share < 1:
-            raise ValueError(f"schedule must have events ≥ 1, observe ≥ 1 and share in (0, 1), got {self}")
+        if self.events < 2 or self.observe < 1 or not 0 < self.share < 1:
+            raise ValueError(f"schedule must have events ≥ 2, observe ≥ 1 and share in (0, 1), got {self}")
         if self.start < 0 or (self.freeze - self.start) // self.events < 1:
             raise ValueError(
                 f"schedule must leave at least one step per event, got {self.events} events in steps"
@@ -104,13 +104,8 @@ class RankHistory:
     seconds: float = 0.0
     """Time spent in events. Not part of any hash."""
 
-    @property
-    def peak_parameters(self) -> int:
-        """Largest Σ cost · rank after any event."""
-        return max(event.parameters for event in self.events)
-
     def as_json(self) -> dict[str, Any]:
-        """Return plain values for ``rank_history.json``."""
+        """Return plain values, ``seconds`` included."""
         return {"format_version": self.format_version, **asdict(self)}
 
 
@@ -197,6 +192,9 @@ class Refiner:
         Raises:
             ValueError: if an event is missing or no rank ever moved.
         """
+        if self._observer is not None:  # training stopped while it was watching
+            self._observer.__exit__(None, None, None)
+            self._observer = None
         happened = tuple(event.step for event in self.history.events)
         if happened != self._schedule.steps:
             raise ValueError(

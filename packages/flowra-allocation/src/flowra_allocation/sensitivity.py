@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 __all__ = ["sensitivity"]
 
 
-def sensitivity(gains: Mapping[str, Sequence[float]], costs: Mapping[str, int], *, mean_rank: int) -> dict[str, float]:
+def sensitivity(
+    gains: Mapping[str, Sequence[float]], costs: Mapping[str, int], *, mean_rank: int = 1
+) -> dict[str, float]:
     """Return ψ_l = γ_l / (γ_l + median γ), with the gain density γ_l = Σ_{i ≤ r̄} gain_{l,i} / (r̄ · cost_l).
 
     Scale-free: multiplying the loss by a constant changes nothing. The median module has 0.5, nine times its density
@@ -15,7 +17,7 @@ def sensitivity(gains: Mapping[str, Sequence[float]], costs: Mapping[str, int], 
     Args:
         gains: module name to the gains of its units of rank, ≥ 0.
         costs: module name to parameters per unit of rank, ≥ 1.
-        mean_rank: r̄ ≥ 1, the mean rank the budget allows, rounded up.
+        mean_rank: r̄ ≥ 1, number of units of rank the density is taken over.
 
     Returns:
         Module name to ψ in [0, 1].

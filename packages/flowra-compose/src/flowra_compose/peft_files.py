@@ -50,6 +50,7 @@ PLAIN: Mapping[str, tuple[Any, ...]] = {
     "arrow_config": OFF,
     "kasa_config": OFF,
     "monteclora_config": OFF,
+    "velora_config": OFF,
 }
 
 
@@ -202,7 +203,7 @@ def _trained_module(name: str, modules: list[str]) -> str | None:
     """Return the outermost owner of a tensor that is in the list, which PEFT matches by the end of the name."""
     parts = name.split(".")
     owners = [".".join(parts[:end]) for end in range(1, len(parts))]
-    return next((owner for owner in owners if any(owner.endswith(module) for module in modules)), None)
+    return next((owner for owner in owners if any(f".{owner}".endswith(f".{module}") for module in modules)), None)
 
 
 def _update(name: str, pair: Mapping[str, Tensor], config: Mapping[str, Any]) -> LowRankUpdate:
@@ -222,6 +223,8 @@ def _value_for(name: str, config: Mapping[str, Any], pattern: str, default: str)
     """Return the value of the first key of the pattern that matches the end of the name, or the global value."""
     value = config.get(default)
     for key, special in config[pattern].items():
+        if re.search(r"\)[*+{]", key):  # a repeated group can take exponential time
+            raise ValueError(f"{pattern} must hold plain patterns, got a repeated group in {key!r}")
         try:
             matched = re.match(rf"^(.*\.)?({key})$", name)
         except (re.error, RecursionError, OverflowError) as error:
