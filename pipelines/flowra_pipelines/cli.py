@@ -1,5 +1,6 @@
 """The ``flowra`` command. Heavy imports happen inside the commands, so that ``--help`` is instant."""
 
+import logging
 import os
 import shlex
 import sys
@@ -184,10 +185,11 @@ def _quiet() -> None:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     import datasets
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    logging.getLogger("mlflow").setLevel(logging.ERROR)  # for an mlflow that was imported before
 
 
 if __name__ == "__main__":
