@@ -138,10 +138,9 @@ def _run(
             from flowra_pipelines.stages.table import run_tracked
             from flowra_pipelines.tracking import Tracker
 
-            tracker = Tracker(config)
-            for name in STAGES:
-                run_tracked(name, config, tracker, force=force)
-            tracker.close(failed=False)
+            with Tracker(config) as tracker:
+                for name in STAGES:
+                    run_tracked(name, config, tracker, force=force)
     except KeyboardInterrupt:
         typer.echo(f"Interrupted. Continue with: {shlex.join(again)}", err=True)
         raise SystemExit(130) from None
@@ -156,13 +155,8 @@ def _stage(name: str, path: Path, overrides: list[str] | None, force: bool) -> N
     from flowra_pipelines.stages.table import run_tracked
     from flowra_pipelines.tracking import Tracker
 
-    tracker = Tracker(config)
-    failed = True
-    try:
+    with Tracker(config) as tracker:
         run_tracked(name, config, tracker, force=force)
-        failed = False
-    finally:
-        tracker.close(failed=failed)
     if name == "evaluate":
         from flowra_pipelines.results_table import show_results
 

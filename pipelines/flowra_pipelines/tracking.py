@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 
 from flowra_pipelines.run_config import RunConfig
 from flowra_pipelines.stages.record import StageRecord, StageResult
@@ -80,9 +81,14 @@ class Tracker:
         """Note on the parent which earlier run made a stage's artifacts."""
         self._client.set_tag(self.parent_run_id, f"stage.{record.stage}.reused_from", record.mlflow_run_id or "unknown")
 
-    def close(self, *, failed: bool) -> None:
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """End the parent run."""
-        self._client.set_terminated(self.parent_run_id, "FAILED" if failed else "FINISHED")
+        self._client.set_terminated(self.parent_run_id, "FINISHED" if error is None else "FAILED")
 
     def _experiment(self, config: RunConfig) -> str:
         existing = self._client.get_experiment_by_name(config.tracking.experiment)

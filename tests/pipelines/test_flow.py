@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -108,6 +110,34 @@ def test_a_mistake_inside_the_flow_is_one_line(finished: tuple[Path, str]) -> No
     assert failed.returncode == 2
     assert "flowra: patterns must match at least one module, got 'qurey'" in failed.stderr
     assert "Traceback" not in failed.stderr + failed.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["calibrate", "refine"])
+def test_a_run_killed_in_a_stage_continues_to_the_artifacts_of_a_whole_one(
+    finished: tuple[Path, str], tmp_path: Path, stage: str
+) -> None:
+    whole, _ = finished
+    config = {**yaml.safe_load((whole / "run.yaml").read_text()), "output_root": str(tmp_path / "runs")}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "flowra_pipelines.cli", "run", "run.yaml", "--no-prefect"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True)
+    partial = tmp_path / "runs" / "tiny" / f"{stage}.partial"
+    deadline = time.monotonic() + 120
+    while not partial.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert partial.exists()
+    assert not (tmp_path / "runs" / "tiny" / stage).exists()
+    again = run_flowra(tmp_path, "run.yaml", "--no-prefect")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("reusing its artifacts") == STAGES.index(stage)
+    for name in STAGES:
+        first, second = (
+            json.loads((root / "runs" / "tiny" / name / "stage.json").read_text()) for root in (whole, tmp_path)
+        )
+        assert first["artifacts"] == second["artifacts"], name
 
 
 @pytest.mark.slow

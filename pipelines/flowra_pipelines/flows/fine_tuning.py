@@ -47,14 +47,8 @@ def fine_tuning(config: dict[str, Any], force: bool = False) -> list[dict[str, A
         For each stage its folder, tracking run and time.
     """
     settings = load_config(config)
-    tracker = Tracker(settings)
-    failed = True
-    try:
-        done = [
+    with Tracker(settings) as tracker:
+        return [
             stage_task.with_options(name=name, task_run_name=name)(name, config, tracker.parent_run_id, force)
             for name in STAGES
         ]
-        failed = False
-    finally:
-        tracker.close(failed=failed)
-    return done
