@@ -9,17 +9,12 @@ from importlib.metadata import version
 
 from flowra_adapters.adapter import Adapter
 from flowra_adapters.attach import METHODS, adapters, attach, detach, disable, disabled, enable
+from flowra_adapters.checkpoint import AdapterCheckpoint, checkpoint_of
 from flowra_adapters.lora import LoRA
 from flowra_adapters.matching import adaptable_modules, match_modules
 from flowra_adapters.merge import merge, merged, unmerge
-from flowra_adapters.peft_format import (
-    AdapterCheckpoint,
-    checkpoint_of,
-    load_adapter,
-    read_checkpoint,
-    save_adapter,
-    write_checkpoint,
-)
+from flowra_adapters.peft_reader import load_adapter, read_checkpoint
+from flowra_adapters.peft_writer import save_adapter, write_checkpoint
 
 __all__ = [
     # the seam of a method, and the methods
