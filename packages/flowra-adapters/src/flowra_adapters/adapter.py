@@ -1,8 +1,8 @@
 """The seam between a method and the machinery.
 
 A method says how its update is parameterised, applied, materialised, resized and counted. It never touches the layer
-it adapts: the machinery (:mod:`flowra_adapters.attach`, :mod:`flowra_adapters.merge`, the readers and writers) does that
-once for all methods.
+it adapts: the machinery (:mod:`flowra_adapters.attach`, :mod:`flowra_adapters.merge`, the readers and writers) does
+that once for all methods.
 """
 
 from abc import ABC, abstractmethod
