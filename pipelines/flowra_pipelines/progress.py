@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 __all__ = ["Meter", "console", "meter"]
 
@@ -20,8 +20,9 @@ class Meter:
         self._next_line = 0.25
         self._bar: Progress | None = None
         if console.is_terminal:
-            columns = (TextColumn("{task.description:<30}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            self._bar = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console)
+            note = TextColumn("{task.fields[note]}")
+            columns = (TextColumn("  {task.description:<27}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, note, console=console)
             self._bar.start()
             self._task = self._bar.add_task(description, total=total, note="")
 

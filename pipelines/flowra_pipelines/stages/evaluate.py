@@ -118,8 +118,8 @@ def _baseline(name: str, config: RunConfig, setting: Setting) -> tuple[Row, Scor
         parameters, title = rank * cost, f"uniform LoRA r={rank} on {_kinds(targets)}"
     for head in heads:
         model.get_submodule(head).requires_grad_(True)
-    seconds = _train(model, config, setting, heads, f"evaluate: {title}") if heads or parameters else 0.0
-    scores = score(model, config, setting, f"evaluate: {name}")
+    seconds = _train(model, config, setting, heads, f"evaluate: training {name}") if heads or parameters else 0.0
+    scores = score(model, config, setting, f"evaluate: scoring {name}")
     return _row(title, scores, parameters, parameters, seconds), scores
 
 
@@ -142,7 +142,7 @@ def _train(model: torch.nn.Module, config: RunConfig, setting: Setting, heads: l
 def _flowra(config: RunConfig, setting: Setting, run: Path) -> tuple[Row, Scores]:
     model = base_model(config, setting)
     load_adapter(model, run / "merge" / "adapter")
-    scores = score(model, config, setting, "evaluate: flowra")
+    scores = score(model, config, setting, "evaluate: scoring flowra")
     parameters = sum(layer.num_parameters() for layer in lora_layers(model).values())
     records = [read_record(run / stage) for stage in ("calibrate", "allocate", "train", "refine")]
     seconds = sum(record.seconds for record in records if record is not None)

@@ -1,4 +1,4 @@
-"""The flow spectrum of a learned update, from two r × r Grams of its bottleneck (METHODS 8.7).
+"""The flow spectrum of a learned update, from two r × r Grams of its bottleneck (docs/methods.md, section 4).
 
 For y = W x + s · B A x let z = A x and δ = ∂ℓ/∂z. Then M_A = E[z zᵀ] = A C Aᵀ and M_B = E[δ δᵀ] / s² = Bᵀ S B, with C
 the second moment of the inputs and S that of the output gradients. With M_A = L Lᵀ and Lᵀ M_B L = U diag(λ) Uᵀ:
@@ -134,7 +134,7 @@ def truncate(lora_A: Tensor, lora_B: Tensor, spectrum: FlowSpectrum, rank: int) 
 
 
 def balance(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Refactor B A = Q_B D Q_A as (D^½ Q_A, Q_B D^½): both factors equally large, directions orthogonal (METHODS 8.10).
+    """Refactor B A = Q_B D Q_A as (D^½ Q_A, Q_B D^½): both factors equally large, directions orthogonal (docs/methods.md, section 4).
 
     A direction with D = 0 would never receive a gradient again; it keeps a row of norm 1/√3 in A (that of a fresh
     adapter) and a zero column in B.

@@ -1,4 +1,4 @@
-"""The policy `breathe`: move rank inside the budget (METHODS 8.11).
+"""The policy `breathe`: move rank inside the budget (docs/methods.md, section 7).
 
 At each event the directions with the smallest flow gain per parameter leave until a share of the budget is free, and
 the free share goes to new directions *on probation*: chosen by the gradient that their module cannot follow, but kept

@@ -7,7 +7,7 @@ __all__ = ["parse_budget"]
 
 
 def parse_budget(budget: str | int, *, base_parameters: int) -> int:
-    """Turn a budget into a number of parameters, P = ⌊budget · N_base⌋ for a percentage (METHODS 8.8).
+    """Turn a budget into a number of parameters, P = ⌊budget · N_base⌋ for a percentage (docs/methods.md, section 5).
 
     Args:
         budget: a percentage of the base such as ``"0.1%"``, or a number of parameters such as ``22713``, ``"22713"``

@@ -1,4 +1,4 @@
-"""Rank allocation as a knapsack, solved greedily (METHODS 8.9).
+"""Rank allocation as a knapsack, solved greedily (docs/methods.md, section 6).
 
 maximise Σ_l Σ_{i ≤ r_l} gain_{l,i}   subject to   Σ_l cost_l · r_l ≤ P,   min ≤ r_l ≤ cap_l
 

@@ -1,4 +1,4 @@
-"""Where a module would grow: the part of its gradient that its adapter cannot follow (METHODS 8.11).
+"""Where a module would grow: the part of its gradient that its adapter cannot follow (docs/methods.md, section 7).
 
 With P_A and P_B the projectors on the rows of A and the columns of B, the normal component N = (I − P_B) G (I − P_A) of
 the weight gradient G is what no change of A and B can use to first order. Its leading right singular vector is the row

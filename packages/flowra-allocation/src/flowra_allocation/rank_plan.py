@@ -107,7 +107,7 @@ def _is_number(value: object) -> bool:
 
 
 def mean_rank(costs: Mapping[str, int], budget: int) -> float:
-    """Return r̄ = P / Σ cost, the mean rank the budget allows; a real number (METHODS 8.16)."""
+    """Return r̄ = P / Σ cost, the mean rank the budget allows; a real number (docs/methods.md, section 9)."""
     return budget / sum(costs.values())
 
 
@@ -122,10 +122,10 @@ def allocate(
     """Spend a budget where it pays: rank 0 below the threshold, greedy knapsack above it.
 
     ψ is taken over the first unit of rank, so that which modules are eligible does not depend on the budget: a larger
-    budget never plans less. (METHODS 8.8 takes it over ⌈r̄⌉ units, which is the same for r̄ ≤ 1 but breaks that law.)
+    budget never plans less. (Over ⌈r̄⌉ units it would not; decision 0007.)
 
     Args:
-        gains: module name to the flow gains of its units of rank, non-increasing (METHODS 8.7).
+        gains: module name to the flow gains of its units of rank, non-increasing (docs/methods.md, section 4).
         costs: module name to parameters per unit of rank.
         budget: P, in parameters.
         sensitivity_threshold: η in [0, 1); 0 switches it off. 0.05 means a density below 1/19 of the median module's.

@@ -1,4 +1,4 @@
-"""Refinement: rank moves between modules while training goes on, inside one budget (METHODS 8.11).
+"""Refinement: rank moves between modules while training goes on, inside one budget (docs/methods.md, section 7).
 
 :class:`Refiner` knows nothing of trainers: call it before and after every optimiser step, or hand it to
 :class:`flowra_allocation.trainer_callback.RefinementCallback`.

@@ -1,4 +1,4 @@
-"""Sensitivity ψ: how dense a module's gains are, relative to the median module (METHODS 8.8)."""
+"""Sensitivity ψ: how dense a module's gains are, relative to the median module (docs/methods.md, section 5)."""
 
 import statistics
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Carry optimiser state over a change of rank (METHODS 0, "Optimizer migration").
+"""Carry optimiser state over a change of rank (docs/methods.md, section 8).
 
 A resized factor is a new Parameter. It takes the old one's place in its parameter group, so learning rate, weight
 decay and any scheduler stay; its moments are mapped from the old ones:

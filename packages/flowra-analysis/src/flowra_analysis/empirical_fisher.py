@@ -125,7 +125,7 @@ def squared_gradient_norms(x: Tensor, g: Tensor) -> Tensor:
     Raises:
         ValueError: if x and g do not have these shapes.
 
-    Source: Goodfellow (2015), arXiv:1510.01799, extended from T = 1 to sequences (METHODS 8.2).
+    Source: Goodfellow (2015), arXiv:1510.01799, extended from T = 1 to sequences (docs/methods.md, section 2).
     """
     if x.ndim != 3 or g.ndim != 3 or x.shape[:2] != g.shape[:2]:
         raise ValueError(f"x and g must have shapes (N, T, n) and (N, T, m), got {tuple(x.shape)} and {tuple(g.shape)}")
@@ -167,7 +167,7 @@ def fisher_trace(
             the loss of a batch or does not see one row per example, a statistic is NaN or infinite (naming the module
             and the batch), or there are fewer than two examples.
 
-    Source: METHODS 8.2.
+    Source: docs/methods.md, section 2.
     """
     modules = linear_modules(model, module_names)
     state = EmpiricalFisher.init()

@@ -59,7 +59,7 @@ def layer_signals(
         ValueError: if a name is not that of an ``nn.Linear``, an input has no example axis or is changed in place
             after the call, the calls of a module disagree about N, or the mask does.
 
-    Source: METHODS 8.1; per-example gradients from x and g after Goodfellow (2015), arXiv:1510.01799.
+    Source: docs/methods.md, section 2; per-example gradients from x and g after Goodfellow (2015), arXiv:1510.01799.
     """
     modules = linear_modules(model, module_names)
     if mask is not None and mask.ndim != 2:

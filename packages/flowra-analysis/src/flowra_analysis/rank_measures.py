@@ -5,7 +5,7 @@ the scale. A zero (or empty) spectrum measures 0. With p_i = σ_i²/Σσ², stab
 effective rank of the energy are exponentials of the Rényi entropies of p of order ∞, 2 and 1; hence
 1 ≤ stable ≤ participation ≤ effective (energy) ≤ effective ≤ rank, all equal r for r equal values.
 
-Source: Roy & Vetterli (2007) for the effective rank; METHODS 8.6.
+Source: Roy & Vetterli (2007) for the effective rank; docs/methods.md, section 3.
 """
 
 from collections.abc import Iterable
