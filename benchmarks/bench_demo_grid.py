@@ -59,7 +59,7 @@ def main() -> None:
             done = arguments.folder / f"seed{seed}-lr{rate:g}.json"
             if not done.exists():
                 moved = accuracies(configuration(arguments.folder, seed, rate, "breathe"))
-                still = accuracies(configuration(arguments.folder, seed, rate, "off"))["flowra"]
+                still = accuracies(configuration(arguments.folder, seed, rate, "none"))["flowra"]
                 done.write_text(json.dumps({**moved, "flowra without refinement": still}), encoding="utf-8")
             for method, value in json.loads(done.read_text(encoding="utf-8")).items():
                 table.setdefault((method, rate), []).append(value)

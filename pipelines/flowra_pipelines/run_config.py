@@ -131,8 +131,8 @@ class CalibrationConfig(Section):
 class RefinementConfig(Section):
     """When rank moves between modules."""
 
-    policy: Literal["breathe", "off"] = "breathe"
-    """``breathe`` moves rank inside the budget; ``off`` trains on at the planned ranks."""
+    policy: Literal["breathe", "none"] = "breathe"
+    """``breathe`` moves rank inside the budget; ``none`` trains on at the planned ranks."""
     start: Annotated[float, Field(gt=0, lt=1)] = 0.4
     """Share of T at which refinement begins; ``train`` runs from the probe's end to here."""
     freeze: Annotated[float, Field(gt=0, lt=1)] = 0.7

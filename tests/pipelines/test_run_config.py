@@ -12,6 +12,17 @@ from flowra_pipelines.run_config import AdapterConfig, RefinementConfig, RunConf
 MINIMAL: dict[str, Any] = {"name": "one", "model": {"path": "m"}, "data": {"train": "d.csv"}}
 
 
+def test_every_choice_is_a_word_that_yaml_reads_as_text() -> None:
+    for key, choices in {
+        "refinement.policy": ("breathe", "none"),
+        "training.schedule": ("linear", "cosine", "constant"),
+        "model.task": ("sequence_classification", "causal_lm"),
+    }.items():
+        for choice in choices:
+            section, name = key.split(".")
+            assert getattr(getattr(load_config(MINIMAL, [f"{key}={choice}"]), section), name) == choice
+
+
 def test_a_minimal_configuration_is_enough() -> None:
     config = load_config(MINIMAL)
     assert config.budget == "0.1%"

@@ -251,7 +251,7 @@ def test_a_user_s_mistake_is_one_line_and_leaves_nothing(
 
 
 def test_refinement_can_be_switched_off(copy: RunConfig) -> None:
-    off = copy.model_copy(update={"refinement": copy.refinement.model_copy(update={"policy": "off"})})
+    off = copy.model_copy(update={"refinement": copy.refinement.model_copy(update={"policy": "none"})})
     run_stage("refine", WORK["refine"], off, log=unlogged)
     planned = {name: rank for name, rank in read_plan(copy.folder / "allocate").ranks.items() if rank}
     final = read_checkpoint(copy.folder / "refine" / "adapter")

@@ -134,7 +134,7 @@ def truncate(lora_A: Tensor, lora_B: Tensor, spectrum: FlowSpectrum, rank: int) 
 
 
 def balance(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Refactor B A = Q_B D Q_A as (D^½ Q_A, Q_B D^½): both factors equally large, directions orthogonal (docs/methods.md, section 4).
+    """Refactor B A = Q_B D Q_A as (D^½ Q_A, Q_B D^½): both factors equally large, directions orthogonal.
 
     A direction with D = 0 would never receive a gradient again; it keeps a row of norm 1/√3 in A (that of a fresh
     adapter) and a zero column in B.
