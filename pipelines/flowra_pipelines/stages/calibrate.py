@@ -1,7 +1,8 @@
 """calibrate: train a short probe at a small uniform rank, and measure what it learned.
 
 The gradient at step 0 is a poor guide to rank: modules substitute for one another, and the few with the largest
-gradient would absorb the budget. So the probe's *learned* update is measured, by the Grams of its bottlenecks. docs/methods.md, sections 4 and 9.
+gradient would absorb the budget. So the probe's *learned* update is measured, by the Grams of its bottlenecks
+(docs/methods.md, sections 4 and 9).
 """
 
 import math
