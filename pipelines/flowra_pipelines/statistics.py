@@ -60,6 +60,9 @@ def paired_p_value(first: Scores, second: Scores) -> float:
 def concatenate(parts: list[tuple[Tensor, Tensor, Tensor | None]], order: list[int]) -> Scores:
     """Join batches that were scored in another order, back into the order of the examples."""
     back = torch.argsort(torch.tensor(order))
-    loss, targets = (torch.cat([part[index] for part in parts])[back] for index in (0, 1))  # type: ignore[misc]
-    correct = None if parts[0][2] is None else torch.cat([part[2] for part in parts if part[2] is not None])[back]
-    return Scores(loss=loss, targets=targets, correct=correct)
+    correct = [part[2] for part in parts if part[2] is not None]
+    return Scores(
+        loss=torch.cat([part[0] for part in parts])[back],
+        targets=torch.cat([part[1] for part in parts])[back],
+        correct=torch.cat(correct)[back] if correct else None,
+    )

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from flowra_adapters import attach, load_adapter, match_modules
 from flowra_pipelines.errors import UserError
@@ -123,10 +125,10 @@ def _baseline(name: str, config: RunConfig, setting: Setting) -> tuple[Row, Scor
     return _row(title, scores, parameters, parameters, seconds), scores
 
 
-def _train(model: torch.nn.Module, config: RunConfig, setting: Setting, heads: list[str], description: str) -> float:
+def _train(model: PreTrainedModel, config: RunConfig, setting: Setting, heads: list[str], description: str) -> float:
     started = time.perf_counter()
     train_phase(
-        model,  # type: ignore[arg-type]  # a PreTrainedModel
+        model,
         setting.train,
         build_optimizer(model, config.training, heads=heads),
         config=config.training,
@@ -157,15 +159,16 @@ def score(model: torch.nn.Module, config: RunConfig, setting: Setting, descripti
     device = next(model.parameters()).device
     order = sorted(range(len(setting.test)), key=lambda index: len(setting.test[index]["input_ids"]))
     size = config.evaluation.batch_size
-    parts = []
+    parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
     with meter(description, len(order)) as progress:
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
             batch = setting.collate([setting.test[index] for index in chosen])
-            losses = setting.task.losses(model, {key: value.to(device) for key, value in batch.items()})
-            parts.append(tuple(None if each is None else each.cpu() for each in losses))
+            moved = {key: value.to(device) for key, value in batch.items()}
+            loss, targets, correct = setting.task.losses(model, moved)
+            parts.append((loss.cpu(), targets.cpu(), None if correct is None else correct.cpu()))
             progress.advance(len(chosen))
-    return concatenate(parts, order)  # type: ignore[arg-type]
+    return concatenate(parts, order)
 
 
 def _row(title: str, scores: Scores, parameters: int, peak: int, seconds: float) -> Row:
