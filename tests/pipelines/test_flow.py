@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -91,6 +93,15 @@ def test_mlflow_has_one_parent_and_one_child_per_stage(finished: tuple[Path, str
     assert "model" not in artifacts["merge"]
     assert "metrics.json" in artifacts["evaluate"]
     assert "test/accuracy/flowra" in children["evaluate"].data.metrics
+
+
+@pytest.mark.slow
+def test_prefect_has_six_finished_tasks_and_the_table(finished: tuple[Path, str]) -> None:
+    with closing(sqlite3.connect(finished[0] / "prefect" / "prefect.db")) as database:
+        tasks = database.execute("select name, state_type from task_run order by start_time").fetchall()
+        (table,) = database.execute("select data from artifact where key = 'comparison'").fetchone()
+    assert tasks == [(stage, "COMPLETED") for stage in STAGES]
+    assert "| Flowra |" in json.loads(table)
 
 
 @pytest.mark.slow

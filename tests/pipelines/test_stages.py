@@ -17,6 +17,7 @@ from flowra_adapters import load_adapter, read_checkpoint
 from flowra_allocation import read_plan, write_plan
 from flowra_analysis import read_profile, write_profile
 from flowra_pipelines.errors import UserError
+from flowra_pipelines.results_table import results_as_markdown
 from flowra_pipelines.run_config import RunConfig, load_config
 from flowra_pipelines.stages.record import STAGES, StageRecord, StageResult, read_record, run_stage
 from flowra_pipelines.stages.setting import base_model, load_setting, lora_layers
@@ -166,6 +167,14 @@ def test_the_table_counts_adapter_parameters_only_and_states_the_peak(config: Ru
     assert len(metrics["verdicts"]) == 2
     for verdict, p_value in zip(metrics["verdicts"], metrics["p_values_against_flowra"].values(), strict=True):
         assert verdict.startswith("Tie") == (p_value >= 0.05)
+
+
+def test_the_results_are_a_markdown_table_too(config: RunConfig) -> None:
+    shown = results_as_markdown(config)
+    lines = shown.splitlines()
+    assert lines[2] == "|  | accuracy (95 % interval) | loss | parameters | peak | training |"
+    assert {line.count("|") for line in lines if line.startswith("|")} == {7}
+    assert "| Flowra |" in shown
 
 
 def test_a_run_whose_inputs_are_unchanged_is_reused(copy: RunConfig) -> None:

@@ -8,9 +8,11 @@ files nor helper functions.
 from typing import Any
 
 from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run, task_run
 
+from flowra_pipelines.results_table import results_as_markdown
 from flowra_pipelines.run_config import RunConfig, load_config
 from flowra_pipelines.stages.record import STAGES
 from flowra_pipelines.stages.table import run_tracked
@@ -48,7 +50,9 @@ def fine_tuning(config: dict[str, Any], force: bool = False) -> list[dict[str, A
     """
     settings = load_config(config)
     with Tracker(settings) as tracker:
-        return [
+        done = [
             stage_task.with_options(name=name, task_run_name=name)(name, config, tracker.parent_run_id, force)
             for name in STAGES
         ]
+    create_markdown_artifact(results_as_markdown(settings), key="comparison", description=f"Results of {settings.name}")
+    return done
