@@ -192,7 +192,7 @@ def _verdict(name: str, rows: Mapping[str, Row], p_value: float, level: float) -
         difference = other.loss.value - mine.loss.value
         amount = f"{-difference:+.4f} nats per token"
     if p_value >= level:
-        return f"Tie: Flowra against {other.title}, {amount}, p = {p_value:.2f} (paired)."
+        return f"Tie: Flowra against {other.title}, {amount}, p = {p_value:.3f} (paired)."
     word = "better" if difference > 0 else "worse"
     return f"Flowra is {word} than {other.title}: {amount}, p = {p_value:.2g} (paired)."
 
