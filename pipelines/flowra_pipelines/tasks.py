@@ -25,7 +25,6 @@ from flowra_pipelines.sources import resolve
 __all__ = ["TASKS", "CausalLM", "Scores", "SequenceClassification", "Task", "load_model", "load_tokenizer"]
 
 Batch = dict[str, Tensor]
-HEADS = ("classifier", "score", "lm_head", "embed_out")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

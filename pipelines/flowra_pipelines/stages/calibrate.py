@@ -13,17 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from flowra_adapters import attach, save_adapter
+from flowra_adapters import attach
 from flowra_allocation import BottleneckGram, BottleneckObserver, flow_spectrum, mean_rank, sensitivity
 from flowra_analysis import FlowProfile, ModuleProfile, fisher_trace, profile_weights, write_profile
 from flowra_pipelines import plots
 from flowra_pipelines.data import Examples, TextData
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.run_config import RunConfig
+from flowra_pipelines.stages.phase import phase_metrics, save_phase
 from flowra_pipelines.stages.record import StageResult
 from flowra_pipelines.stages.setting import Layers, Setting, base_model, load_setting, lora_layers, survey
 from flowra_pipelines.training import build_optimizer, data_order, train_phase
-from flowra_pipelines.training_state import TrainingState, capture_tensors, write_training_state
 
 __all__ = ["calibrate", "read_grams"]
 
@@ -59,23 +59,7 @@ def calibrate(config: RunConfig, folder: Path) -> StageResult:
         description="calibrate: probe",
     )
     peak = sum(layers.costs[name] * ranks[name] for name in ranks)
-    state = TrainingState(
-        step=config.probe_steps,
-        total_steps=config.training.steps,
-        schedule=config.training.schedule,
-        seed=config.seed,
-        examples_seen=config.probe_steps * config.training.batch_size * config.training.gradient_accumulation,
-        peak_parameters=peak,
-        tensors=capture_tensors(model, optimizer),
-    )
-    save_adapter(
-        model,
-        folder / "adapter",
-        modules_to_save=heads,
-        base_model_name_or_path=config.model.path,
-        task_type=setting.task.peft_type,
-    )
-    write_training_state(state, folder)
+    save_phase(config, setting, model, optimizer, folder, step=config.probe_steps)
     batches = _calibration_batches(config, setting)
     grams = _gather(model, setting, batches)
     profile = _profile(config, model, setting, layers, batches, grams)
@@ -83,8 +67,7 @@ def calibrate(config: RunConfig, folder: Path) -> StageResult:
     _write_grams({name: sum(each[1:], each[0]) for name, each in grams.items()}, folder)
     psi = {name: module.statistics["psi"] for name, module in profile.modules.items()}
     return StageResult(
-        metrics=[("train/loss", loss, step) for step, loss, _ in curve]
-        + [("train/learning_rate", lr, step) for step, _, lr in curve],
+        metrics=phase_metrics(curve),
         parameters={"probe_rank": rank, "probe_parameters": peak, "budget": layers.budget},
         figures={
             "sensitivity": plots.module_heatmap(psi, title="Sensitivity ψ", label="ψ", limits=(0, 1)),

@@ -9,11 +9,10 @@ from flowra_allocation import RankHistory, RefinementSchedule, Refiner, mean_ran
 from flowra_allocation.trainer_callback import RefinementCallback
 from flowra_pipelines import plots
 from flowra_pipelines.run_config import RunConfig
+from flowra_pipelines.stages.phase import phase_metrics, resume_phase, save_phase
 from flowra_pipelines.stages.record import StageResult
 from flowra_pipelines.stages.setting import base_model, load_setting, lora_layers
-from flowra_pipelines.stages.train import phase_metrics, save_phase
-from flowra_pipelines.training import build_optimizer, train_phase
-from flowra_pipelines.training_state import read_training_state, restore_moments
+from flowra_pipelines.training import train_phase
 
 __all__ = ["refine"]
 
@@ -22,19 +21,14 @@ def refine(config: RunConfig, folder: Path) -> StageResult:
     """Train to the end while rank moves; write ``adapter/``, the training state and ``rank_history.json``."""
     setting = load_setting(config)
     model = base_model(config, setting)
-    heads = setting.task.heads(model)
     trained = folder.parent / "train"
     plan = read_plan(folder.parent / "allocate")
     load_adapter(model, trained / "adapter")
     empty = {name: 0 for name, rank in plan.ranks.items() if rank == 0}
     if empty:  # modules without rank may be tried on probation
-        attach(model, empty, scaling=plan.scaling, modules_to_save=heads)
+        attach(model, empty, scaling=plan.scaling, modules_to_save=setting.task.heads(model))
     layers = lora_layers(model)
-    for one in layers.values():
-        one.dropout = config.adapter.dropout
-    optimizer = build_optimizer(model, config.training, heads=heads)
-    state = read_training_state(trained)
-    restore_moments(state, model, optimizer)
+    optimizer, state = resume_phase(config, setting, model, trained)
     costs = {name: module.cost_per_rank for name, module in plan.modules.items()}
     refiner = None
     if config.refinement.policy == "breathe":
@@ -67,7 +61,7 @@ def refine(config: RunConfig, folder: Path) -> StageResult:
         rng=state.rng,
         callbacks=[RefinementCallback(refiner, first_step=state.step)] if refiner else [],
     )
-    save_phase(config, setting, model, optimizer, state, config.training.steps, folder)
+    save_phase(config, setting, model, optimizer, folder, step=config.training.steps, peak_before=state.peak_parameters)
     result = StageResult(
         metrics=phase_metrics(curve),
         parameters={"policy": config.refinement.policy},

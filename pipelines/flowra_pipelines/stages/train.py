@@ -4,23 +4,16 @@ from pathlib import Path
 
 from torch import nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
 
-from flowra_adapters import load_adapter, save_adapter
+from flowra_adapters import load_adapter
 from flowra_allocation import flow_spectrum, read_plan, rebase, truncate
 from flowra_pipelines import plots
 from flowra_pipelines.run_config import RunConfig
 from flowra_pipelines.stages.calibrate import read_grams
+from flowra_pipelines.stages.phase import phase_metrics, resume_phase, save_phase
 from flowra_pipelines.stages.record import StageResult
-from flowra_pipelines.stages.setting import Setting, base_model, load_setting, lora_layers
-from flowra_pipelines.training import LossCurve, build_optimizer, train_phase
-from flowra_pipelines.training_state import (
-    TrainingState,
-    capture_tensors,
-    read_training_state,
-    restore_moments,
-    write_training_state,
-)
+from flowra_pipelines.stages.setting import base_model, load_setting, lora_layers
+from flowra_pipelines.training import train_phase
 
 __all__ = ["train"]
 
@@ -31,11 +24,7 @@ def train(config: RunConfig, folder: Path) -> StageResult:
     model = base_model(config, setting)
     calibrated = folder.parent / "calibrate"
     load_adapter(model, calibrated / "adapter")
-    for one in lora_layers(model).values():
-        one.dropout = config.adapter.dropout
-    optimizer = build_optimizer(model, config.training, heads=setting.task.heads(model))
-    state = read_training_state(calibrated)
-    restore_moments(state, model, optimizer)
+    optimizer, state = resume_phase(config, setting, model, calibrated)
     plan = read_plan(folder.parent / "allocate")
     cut_to_ranks(model, plan.ranks, calibrated, optimizer)
     curve = train_phase(
@@ -50,7 +39,9 @@ def train(config: RunConfig, folder: Path) -> StageResult:
         description="train: at planned ranks",
         rng=state.rng,
     )
-    save_phase(config, setting, model, optimizer, state, config.refinement_start, folder)
+    save_phase(
+        config, setting, model, optimizer, folder, step=config.refinement_start, peak_before=state.peak_parameters
+    )
     return StageResult(
         metrics=phase_metrics(curve),
         parameters={"first_step": state.step, "last_step": config.refinement_start},
@@ -65,39 +56,3 @@ def cut_to_ranks(model: nn.Module, ranks: dict[str, int], calibrated: Path, opti
     for name, layer in lora_layers(model).items():
         a, b = truncate(layer.lora_A, layer.lora_B, flow_spectrum(grams[name]), ranks[name])
         rebase(layer, a, b, optimizer)
-
-
-def save_phase(
-    config: RunConfig,
-    setting: Setting,
-    model: PreTrainedModel,
-    optimizer: Optimizer,
-    before: TrainingState,
-    step: int,
-    folder: Path,
-) -> None:
-    """Write the adapter and the training state at the end of a phase."""
-    parameters = sum(one.num_parameters() for one in lora_layers(model).values())
-    save_adapter(
-        model,
-        folder / "adapter",
-        modules_to_save=setting.task.heads(model),
-        base_model_name_or_path=config.model.path,
-        task_type=setting.task.peft_type,
-    )
-    state = TrainingState(
-        step=step,
-        total_steps=before.total_steps,
-        schedule=before.schedule,
-        seed=before.seed,
-        examples_seen=step * config.training.batch_size * config.training.gradient_accumulation,
-        peak_parameters=max(before.peak_parameters, parameters),
-        tensors=capture_tensors(model, optimizer),
-    )
-    write_training_state(state, folder)
-
-
-def phase_metrics(curve: LossCurve) -> list[tuple[str, float, int]]:
-    """Return the stepped metrics of a phase."""
-    losses = [("train/loss", loss, step) for step, loss, _ in curve]
-    return losses + [("train/learning_rate", rate, step) for step, _, rate in curve]
