@@ -11,6 +11,7 @@ from flowra_adapters import (
     LoRA,
     adapters,
     attach,
+    delete,
     detach,
     disable,
     disabled,
@@ -64,7 +65,7 @@ def test_patterns_that_agree_may_overlap() -> None:
 
 BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "no_ranks": ({"ranks": {}}, "ranks must name at least one module"),
-    "unknown_method": ({"method": "dora2"}, r"method must be one of \['lora'\], got 'dora2'"),
+    "unknown_method": ({"method": "dora2"}, r"method must be one of \['lora', 'rslora'\], got 'dora2'"),
     "empty_name": ({"adapter": ""}, "adapter must be a name without dots, got ''"),
     "dotted_name": ({"adapter": "a.b"}, "adapter must be a name without dots, got 'a.b'"),
     "typo": ({"ranks": {"up": 2, "dwon": 2}}, "got 'dwon'. Nearest names: down"),
@@ -78,6 +79,9 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "rank_bool": ({"ranks": {"up": True}}, "rank must be a whole number, got True for 'up'"),
     "scaling_zero": ({"scaling": 0.0}, "scaling must be finite and not 0, got 0.0"),
     "scaling_nan": ({"scaling": float("nan")}, "scaling must be finite and not 0, got nan"),
+    "scaling_and_alpha": ({"scaling": 1.0, "alpha": 2.0}, "scaling and alpha must not both be given, got 1.0 and 2.0"),
+    "alpha_zero": ({"alpha": 0.0}, "scaling must be finite and not 0, got 0.0"),
+    "rslora_without_alpha": ({"method": "rslora"}, "rslora must be given alpha"),
     "dropout_one": ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
     "dropout_negative": ({"dropout": -0.1}, r"dropout must be in \[0, 1\), got -0.1"),
     "unknown_module_to_save": ({"modules_to_save": ["heed"]}, "modules_to_save must name modules .*, got 'heed'"),
@@ -164,6 +168,45 @@ def test_detach_after_merge_keeps_the_merged_weights() -> None:
     detach(model)
     torch.testing.assert_close(model(X), expected)
     assert not merged(model)
+
+
+def test_alpha_is_divided_by_each_module_s_rank_or_its_root() -> None:
+    scalings = {name: one.scaling for name, one in attach(mlp(), {"up": 4, "down": 1}, alpha=6.0).items()}
+    assert scalings == {"up": 1.5, "down": 6.0}
+    scalings = {n: one.scaling for n, one in attach(mlp(), {"up": 4, "down": 0}, method="rslora", alpha=6.0).items()}
+    assert scalings == {"up": 3.0, "down": 3.0}
+
+
+def test_deleting_one_of_two_adapters_leaves_the_other_as_it_was() -> None:
+    model = mlp()
+    adapt(model, {"up": 2, "down": 2})
+    alone = model(X)
+    adapt(model, {"up": 1, "skip": 1}, adapter="second", seed=7)
+    delete(model, "second")
+    assert torch.equal(model(X), alone)
+    assert sorted(adapters(model)) == ["down", "up"]
+    assert not hasattr(model.skip, "adapters")
+    assert not model.skip._forward_hooks
+    with pytest.raises(ValueError, match="adapter must be attached to the model, got 'second'"):
+        delete(model, "second")
+
+
+def test_deleting_the_last_adapter_restores_the_model() -> None:
+    model = mlp()
+    base, keys = model(X), list(model.state_dict())
+    adapt(model, {"up": 2})
+    delete(model, "default")
+    assert torch.equal(model(X), base)
+    assert list(model.state_dict()) == keys
+
+
+def test_a_merged_adapter_cannot_be_deleted() -> None:
+    model = mlp()
+    adapt(model, {"up": 2})
+    merge(model)
+    with pytest.raises(ValueError, match="adapter must not be merged, got 'default'"):
+        delete(model, "default")
+    assert adapters(model)
 
 
 def test_a_model_can_be_adapted_again_after_detach() -> None:

@@ -28,8 +28,9 @@ def model(case: Any) -> nn.Sequential:  # noqa: ANN401 - parsed JSON
     layer.weight.data = torch.tensor(FAMILY["W"])
     layer.bias.data = torch.tensor(FAMILY["bias"])
     made = nn.Sequential(layer)
-    adapter = attach(made, {"0": FAMILY["r"]}, scaling=case["scaling"])["0"]
+    adapter = attach(made, {"0": FAMILY["r"]}, method=case["name"], alpha=FAMILY["lora_alpha"])["0"]
     assert isinstance(adapter, LoRA)
+    assert adapter.scaling == pytest.approx(case["scaling"], rel=1e-9)
     adapter.replace_factors(torch.tensor(FAMILY["A"]), torch.tensor(FAMILY["B"]))
     return made
 

@@ -37,7 +37,8 @@ EXPORT_TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2}
 def adapted_mlp(method: str, dtype: torch.dtype, scaling: float) -> MLP:
     model = mlp(dtype=dtype)
     randomise(model.head, seed=9)
-    found = attach(model, RANKS, method=method, scaling=scaling, modules_to_save=["head"])
+    strength = {"alpha" if method == "rslora" else "scaling": scaling}
+    found = attach(model, RANKS, method=method, modules_to_save=["head"], **strength)
     for seed, adapter in enumerate(found.values()):
         randomise(adapter, seed=seed)
     return model

@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from flowra_testing.tiny_models import seeded
 
@@ -49,6 +50,8 @@ class Method:
     dtypes: tuple[torch.dtype, ...] = ALL_DTYPES
     exact_at_birth: bool = True
     """Whether attaching changes no bit of the output."""
+    takes_alpha: bool = False
+    """Whether its scaling comes from α."""
     golden_case: str
     """Name of its case in ``golden/lora_family.json``."""
     exceptions: Mapping[str, str] = field(default_factory=dict)
@@ -59,7 +62,11 @@ LINEAR: Mapping[str, LayerType] = MappingProxyType({
     "linear": LayerType(build=lambda: nn.Linear(8, 6), input_shape=(5, 8), row_size=8),
     "linear_without_bias": LayerType(build=lambda: nn.Linear(6, 9, bias=False), input_shape=(5, 6), row_size=6),
     "linear_on_sequences": LayerType(build=lambda: nn.Linear(16, 16), input_shape=(3, 4, 16), row_size=16, rank=6),
+    "conv1d_of_transformers": LayerType(build=lambda: Conv1D(9, 6), input_shape=(3, 4, 6), row_size=6),
     "linear_to_one_output": LayerType(build=lambda: nn.Linear(8, 1), input_shape=(4, 8), row_size=8, rank=1),
 })
 
-METHODS: tuple[Method, ...] = (Method(name="lora", key="lora", layer_types=LINEAR, golden_case="lora"),)
+METHODS: tuple[Method, ...] = (
+    Method(name="lora", key="lora", layer_types=LINEAR, golden_case="lora"),
+    Method(name="rslora", key="rslora", layer_types=LINEAR, golden_case="rslora", takes_alpha=True),
+)

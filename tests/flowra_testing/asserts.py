@@ -8,7 +8,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from flowra_adapters import Adapter, attach, disable, disabled, enable, merge, merged, unmerge
+from flowra_adapters import Adapter, attach, disable, disabled, enable, in_layout_of, merge, merged, unmerge
 from flowra_testing.adapter_table import LayerType, Method
 from flowra_testing.tiny_models import seeded
 
@@ -76,7 +76,8 @@ def build_case(layer_type: LayerType, dtype: torch.dtype) -> Case:
 
 def attach_to(case: Case, method: Method, rank: int, *, adapter: str = "default") -> Adapter:
     """Attach one adapter of the method to the layer of the case."""
-    return attach(case.model, {"layer": rank}, method=method.key, scaling=SCALING, adapter=adapter)["layer"]
+    strength = {"alpha" if method.takes_alpha else "scaling": SCALING}
+    return attach(case.model, {"layer": rank}, method=method.key, adapter=adapter, **strength)["layer"]
 
 
 def randomise(adapter: nn.Module, *, seed: int = 4) -> None:
@@ -115,7 +116,7 @@ def assert_identity_at_birth(method: Method, layer_type: LayerType, dtype: torch
 def assert_delta_weight_is_the_update(method: Method, layer_type: LayerType, dtype: torch.dtype) -> None:
     """The materialised update has the weight's layout, at least float32, and explains the change of the output."""
     case, adapter = trained_case(method, layer_type, dtype)
-    delta = adapter.delta_weight()
+    delta = in_layout_of(case.layer, adapter.delta_weight())
     assert delta.shape == case.weight.shape
     assert torch.promote_types(delta.dtype, torch.float32) == delta.dtype
     probe = deepcopy(case.layer)
@@ -209,7 +210,8 @@ def _train(case: Case, *, steps: int, watch: Callable[[], None] = lambda: None) 
 def assert_only_adapters_learn(method: Method, layer_type: LayerType, dtype: torch.dtype) -> None:
     """After AdamW steps no base parameter or buffer has changed; adapters and modules trained in full have."""
     case = build_case(layer_type, dtype)
-    attach(case.model, {"layer": layer_type.rank}, method=method.key, modules_to_save=["head"])
+    alpha = SCALING if method.takes_alpha else None
+    attach(case.model, {"layer": layer_type.rank}, method=method.key, alpha=alpha, modules_to_save=["head"])
     before = {name: tensor.clone() for name, tensor in case.model.state_dict().items()}
     _train(case, steps=3)
     changed = {name for name, tensor in case.model.state_dict().items() if not torch.equal(tensor, before[name])}
@@ -239,11 +241,12 @@ def assert_growth_is_continuous(method: Method, layer_type: LayerType, dtype: to
     """Growing keeps output, update and scaling."""
     case = build_case(layer_type, dtype)
     adapter = attach_to(case, method, 0 if layer_type.rank == 1 else 1)
+    scaling = adapter.scaling
     randomise(adapter)
     before, delta = case.output(), adapter.delta_weight().detach()
     adapter.grow(layer_type.rows(layer_type.rank - adapter.rank))
     assert adapter.rank == layer_type.rank
-    assert adapter.scaling == SCALING
+    assert adapter.scaling == scaling
     assert_close(case.output(), before, GROWTH_TOLERANCE[dtype])
     assert_close(adapter.delta_weight(), delta, GROWTH_TOLERANCE[dtype])
 
@@ -252,13 +255,13 @@ def assert_shrink_loses_exactly_the_dropped_product(method: Method, layer_type: 
     """What a shrink drops and what it keeps add up to what was there; the scaling stays."""
     case, adapter = trained_case(method, layer_type, dtype)
     whole = adapter.delta_weight().detach()
-    indices = list(range(adapter.rank))
+    indices, scaling = list(range(adapter.rank)), adapter.scaling
     keep, drop = indices[::2][::-1], indices[1::2]
     dropped = deepcopy(adapter)
     dropped.shrink(drop)
     adapter.shrink(keep)
     assert adapter.rank == len(keep)
-    assert adapter.scaling == dropped.scaling == SCALING
+    assert adapter.scaling == dropped.scaling == scaling
     assert_close(adapter.delta_weight() + dropped.delta_weight(), whole, PRODUCT_TOLERANCE[dtype])
     if drop:
         assert not torch.equal(adapter.delta_weight(), whole)
@@ -272,9 +275,10 @@ def assert_rank_zero_is_a_normal_value(method: Method, layer_type: LayerType, dt
     case = build_case(layer_type, dtype)
     adapter = attach_to(case, method, 0)
     base = case.weight.detach().clone()
+    scaling = adapter.scaling
     assert adapter.rank == 0
     assert adapter.num_parameters() == 0
-    assert adapter.delta_weight().shape == case.weight.shape
+    assert in_layout_of(case.layer, adapter.delta_weight()).shape == case.weight.shape
     assert adapter.delta_weight().count_nonzero() == 0
     merge(case.model)
     unmerge(case.model)
@@ -287,7 +291,7 @@ def assert_rank_zero_is_a_normal_value(method: Method, layer_type: LayerType, dt
     assert not torch.equal(case.output(), case.base_output)
     adapter.shrink([])
     assert adapter.rank == 0
-    assert adapter.scaling == SCALING
+    assert adapter.scaling == scaling
     assert torch.equal(case.output(), case.base_output)
 
 

@@ -8,8 +8,9 @@ of the layer it adapts, and its update is added to the layer's output.
 from importlib.metadata import version
 
 from flowra_adapters.adapter import Adapter
-from flowra_adapters.attach import METHODS, adapters, attach, detach, disable, disabled, enable
+from flowra_adapters.attach import METHODS, AdapterMethod, adapters, attach, delete, detach, disable, disabled, enable
 from flowra_adapters.checkpoint import AdapterCheckpoint, checkpoint_of
+from flowra_adapters.layers import in_layout_of, linear_size
 from flowra_adapters.lora import LoRA
 from flowra_adapters.matching import adaptable_modules, match_modules
 from flowra_adapters.merge import merge, merged, unmerge
@@ -17,24 +18,24 @@ from flowra_adapters.peft_reader import load_adapter, read_checkpoint
 from flowra_adapters.peft_writer import save_adapter, write_checkpoint
 
 __all__ = [
-    # the seam of a method, and the methods
     "METHODS",
     "Adapter",
-    # files
     "AdapterCheckpoint",
+    "AdapterMethod",
     "LoRA",
-    # putting adapters on a model
     "adaptable_modules",
     "adapters",
     "attach",
     "checkpoint_of",
+    "delete",
     "detach",
     "disable",
     "disabled",
     "enable",
+    "in_layout_of",
+    "linear_size",
     "load_adapter",
     "match_modules",
-    # putting updates into weights
     "merge",
     "merged",
     "read_checkpoint",

@@ -37,7 +37,14 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def delta_weight(self) -> Tensor:
-        """Materialise ΔW in the layout of the layer's weight and the dtype of the adapter (at least float32)."""
+        """Materialise ΔW as ``(m, n)``, output by input, in the dtype of the adapter (at least float32)."""
+
+    def plain_factors(self) -> tuple[Tensor, Tensor] | None:
+        """Return (A ``(r, n)``, B ``(m, r)``) if the update in this pass is exactly s · (x Aᵀ) Bᵀ, else None.
+
+        The machinery then applies them faster than :meth:`forward`, which nobody sees being called.
+        """
+        return None
 
     @abstractmethod
     def grow(self, rows: Tensor) -> None:

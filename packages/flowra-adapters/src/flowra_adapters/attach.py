@@ -5,8 +5,10 @@ forward hook that adds their updates to its output. So the base's state dict key
 ``layer.weight`` keeps working, and taking adapters off restores the model object as it was.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -14,12 +16,30 @@ import torch
 from torch import Tensor, nn
 
 from flowra_adapters.adapter import Adapter, AdapterDict
+from flowra_adapters.fused import can_fuse, fused_update
+from flowra_adapters.layers import linear_size
 from flowra_adapters.lora import LoRA
 from flowra_adapters.matching import adaptable_modules, match_modules
 
-__all__ = ["METHODS", "adapters", "attach", "detach", "disable", "disabled", "enable"]
+__all__ = ["METHODS", "AdapterMethod", "adapters", "attach", "delete", "detach", "disable", "disabled", "enable"]
 
-METHODS: Mapping[str, Callable[..., Adapter]] = MappingProxyType({"lora": LoRA})
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterMethod:
+    """A row of :data:`METHODS`."""
+
+    adapter: Callable[..., Adapter]
+    """The class, called with the layer's sizes and the rank."""
+    scaling: Callable[[float, int], float]
+    """s from α and the reference rank."""
+
+
+METHODS: Mapping[str, AdapterMethod] = MappingProxyType({
+    "lora": AdapterMethod(adapter=LoRA, scaling=lambda alpha, rank: alpha / rank),
+    # Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2: the only power of the rank that keeps learning stable.
+    "rslora": AdapterMethod(adapter=LoRA, scaling=lambda alpha, rank: alpha / math.sqrt(rank)),
+})
+DEFAULT_SCALING = 2.0
 
 
 def attach(
@@ -27,7 +47,8 @@ def attach(
     ranks: Mapping[str, int],
     *,
     method: str = "lora",
-    scaling: float = 2.0,
+    scaling: float | None = None,
+    alpha: float | None = None,
     dropout: float = 0.0,
     modules_to_save: Iterable[str] = (),
     adapter: str = "default",
@@ -44,7 +65,9 @@ def attach(
         ranks: exact module name or pattern (see :func:`match_modules`) to rank; an exact name wins over patterns.
             Rank 0 attaches an empty adapter that may grow later.
         method: name of the adapter method, a key of :data:`METHODS`.
-        scaling: s of ΔW = s · B A, fixed for the life of the adapter.
+        scaling: s of ΔW = s · B A, the same for all modules and fixed for the life of the adapter; by default 2.
+        alpha: α, instead of ``scaling``: s = α/r with ``lora``, α/√r with ``rslora``, where r is the module's rank at
+            birth (for a module that starts at rank 0, the largest rank given). ``rslora`` needs it.
         dropout: probability in [0, 1) of dropping an input element on the adapter's path, in training.
         modules_to_save: qualified names of modules trained in full, such as a new head.
         adapter: name of this set of adapters.
@@ -68,6 +91,7 @@ def attach(
     inside = [name for name in resolved if any(f"{name}.".startswith(f"{saved}.") for saved in saved_names)]
     if inside:
         raise ValueError(f"modules_to_save must not be adapted too, got {inside[0]!r}. Exclude it from the ranks.")
+    scalings = _scalings(resolved, method, scaling, alpha)
     modules = adaptable_modules(model)
     occupied = [name for name in resolved if hasattr(modules[name], "adapters") and not _held(modules[name])]
     if occupied:
@@ -79,13 +103,14 @@ def attach(
     created = {}
     for name, rank in resolved.items():
         layer = modules[name]
-        assert isinstance(layer, nn.Linear)
+        assert isinstance(layer.weight, Tensor)
+        out_features, in_features = linear_size(layer)
         try:
-            created[name] = METHODS[method](
-                layer.in_features,
-                layer.out_features,
+            created[name] = METHODS[method].adapter(
+                in_features,
+                out_features,
                 rank=rank,
-                scaling=scaling,
+                scaling=scalings[name],
                 dropout=dropout,
                 dtype=dtype or torch.promote_types(layer.weight.dtype, torch.float32),
                 generator=generator,
@@ -137,11 +162,7 @@ def disable(model: nn.Module, adapter: str = "default") -> None:
     Raises:
         ValueError: if the adapter is merged; unmerge it first.
     """
-    merged_in = [name for name, held in adapter_dicts(model).items() if adapter in held.merged]
-    if merged_in:
-        raise ValueError(
-            f"adapter must not be merged, got {adapter!r}, merged into {merged_in[0]!r}. Unmerge it first."
-        )
+    _refuse_merged(model, adapter)
     for one in adapters(model, adapter).values():
         one.enabled = False
 
@@ -158,15 +179,54 @@ def disabled(model: nn.Module, adapter: str = "default") -> Iterator[None]:
             one.enabled = before[name]
 
 
+def delete(model: nn.Module, adapter: str) -> None:
+    """Take the adapters of this name off; others stay as they are. Frozen parameters stay frozen.
+
+    Raises:
+        ValueError: if no adapter of this name is attached, or it is merged; unmerge it first.
+    """
+    adapters(model, adapter)  # it must be there
+    _refuse_merged(model, adapter)
+    for name, held in adapter_dicts(model).items():
+        if adapter in held:
+            del held[adapter]
+        if not held:
+            _take_off(model.get_submodule(name), held)
+
+
 def detach(model: nn.Module) -> None:
     """Take all adapters off.
 
     Merged updates stay in the weights; unmerged ones are gone. Frozen parameters stay frozen.
     """
     for name, held in adapter_dicts(model).items():
-        assert held.hook is not None
-        held.hook.remove()
-        del model.get_submodule(name).adapters
+        _take_off(model.get_submodule(name), held)
+
+
+def _take_off(layer: nn.Module, held: AdapterDict) -> None:
+    assert held.hook is not None
+    held.hook.remove()
+    del layer.adapters
+
+
+def _refuse_merged(model: nn.Module, adapter: str) -> None:
+    merged_in = [name for name, held in adapter_dicts(model).items() if adapter in held.merged]
+    if merged_in:
+        raise ValueError(
+            f"adapter must not be merged, got {adapter!r}, merged into {merged_in[0]!r}. Unmerge it first."
+        )
+
+
+def _scalings(ranks: Mapping[str, int], method: str, scaling: float | None, alpha: float | None) -> dict[str, float]:
+    """Return s of each module."""
+    if scaling is not None and alpha is not None:
+        raise ValueError(f"scaling and alpha must not both be given, got {scaling} and {alpha}")
+    if alpha is not None:
+        largest = max(ranks.values()) or 1
+        return {name: METHODS[method].scaling(alpha, rank or largest) for name, rank in ranks.items()}
+    if method == "rslora":
+        raise ValueError(f"rslora must be given alpha, got scaling={scaling}: it is the rule s = α/√r")
+    return dict.fromkeys(ranks, DEFAULT_SCALING if scaling is None else scaling)
 
 
 def _resolve(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, int]:
@@ -233,6 +293,11 @@ def _held(layer: nn.Module) -> AdapterDict | None:
 def _add_updates(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
     held = layer.adapters
     assert isinstance(held, AdapterDict)
-    for adapter in held.active().values():
-        output = output + adapter(args[0] if args else kwargs["input"]).to(output.dtype)
+    x = args[0] if args else next(iter(kwargs.values()))
+    active = list(held.active().values())
+    factors = active[0].plain_factors() if len(active) == 1 else None
+    if factors is not None and can_fuse(layer, x, output, factors[0]):
+        return fused_update(layer, x, output, *factors, active[0].scaling)
+    for adapter in active:
+        output = output + adapter(x).to(output.dtype)
     return output

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flowra_adapters.attach import adapters
+from flowra_adapters.layers import is_conv1d
 from flowra_adapters.lora import LoRA
 
 __all__ = ["AdapterCheckpoint", "checkpoint_of", "own_copy", "owner_of"]
@@ -31,6 +32,8 @@ class AdapterCheckpoint:
     """Where the base comes from, for the reader."""
     task_type: str | None = None
     """PEFT's task type, such as ``SEQ_CLS`` or ``CAUSAL_LM``."""
+    fan_in_fan_out: bool = False
+    """Whether the base stores the weights of these layers transposed (``Conv1D``); the factors mean the same."""
 
     def __post_init__(self) -> None:
         """Check that every module has a scaling and factors that fit each other, and nothing is NaN."""
@@ -95,6 +98,7 @@ def checkpoint_of(
         trained_modules=trained,
         base_model_name_or_path=base_model_name_or_path,
         task_type=task_type,
+        fan_in_fan_out=any(is_conv1d(model.get_submodule(name)) for name in factors),
     )
 
 

@@ -88,6 +88,12 @@ class LoRA(Adapter):
             self.observer(z)
         return F.linear(z, self.lora_B) * self.scaling
 
+    def plain_factors(self) -> tuple[Tensor, Tensor] | None:
+        """Return (A, B) unless dropout acts or an observer wants to see z."""
+        if self.observer is not None or (self.training and self.dropout > 0):
+            return None
+        return self.lora_A, self.lora_B
+
     def delta_weight(self) -> Tensor:
         """Return s · B A, ``(m, n)``, computed in at least float32."""
         a, b = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (self.lora_A, self.lora_B))

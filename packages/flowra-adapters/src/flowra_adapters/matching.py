@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from flowra_adapters.adapter import AdapterDict
+from flowra_adapters.layers import is_linear
 
 __all__ = ["adaptable_modules", "match_modules"]
 
@@ -17,9 +18,10 @@ ALL_LINEAR = "all-linear"
 def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
     """List the modules that can carry an adapter, by qualified name, in the model's own order.
 
-    These are linear layers whose weight is a parameter of their own and whose forward is called. Not listed: the model
-    itself, parametrised weights (a merge would be lost), what hangs inside ``nn.MultiheadAttention`` (it reads the
-    weights and calls nothing), and the modules of adapters that are already attached.
+    These are linear layers (``nn.Linear``, and the ``Conv1D`` of ``transformers``) whose weight is a parameter of their
+    own and whose forward is called. Not listed: the model itself, parametrised weights (a merge would be lost), what
+    hangs inside ``nn.MultiheadAttention`` (it reads the weights and calls nothing), and the modules of adapters that
+    are already attached.
 
     Returns:
         Name to module.
@@ -29,7 +31,7 @@ def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
         name: module
         for name, module in model.named_modules()
         if name
-        and isinstance(module, nn.Linear)
+        and is_linear(module)
         and not parametrize.is_parametrized(module)
         and not any(name.startswith(f"{prefix}.") or not prefix for prefix in closed)
     }

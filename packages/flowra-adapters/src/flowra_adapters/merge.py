@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from flowra_adapters.adapter import AdapterDict
 from flowra_adapters.attach import adapter_dicts
+from flowra_adapters.layers import in_layout_of
 
 __all__ = ["merge", "merged", "unmerge"]
 
@@ -32,7 +33,7 @@ def merge(model: nn.Module, *, keep_weight: bool = True) -> None:
         raise ValueError("model must carry adapters, got one without any. Attach or load an adapter first.")
     pending = {name: held for name, held in held_by_name.items() if held.active()}
     _refuse_shared_weights(model, pending)
-    deltas = {name: _delta(held) for name, held in pending.items()}
+    deltas = {name: _delta(model.get_submodule(name), held) for name, held in pending.items()}
     weights = {name: _weight_of(model, name) for name in pending}
     new_weights = {name: (weights[name] + delta).to(weights[name]) for name, delta in deltas.items()}
     broken = [name for name, weight in new_weights.items() if not torch.isfinite(weight).all()]
@@ -64,9 +65,10 @@ def merged(model: nn.Module) -> bool:
     return any(held.merged for held in adapter_dicts(model).values())
 
 
-def _delta(held: AdapterDict) -> Tensor:
-    """Sum the updates that are not in the weight yet."""
-    return torch.stack([adapter.delta_weight() for adapter in held.active().values()]).sum(0)
+def _delta(layer: nn.Module, held: AdapterDict) -> Tensor:
+    """Sum the updates that are not in the weight yet, in its layout."""
+    total = torch.stack([adapter.delta_weight() for adapter in held.active().values()]).sum(0)
+    return in_layout_of(layer, total)
 
 
 def _weight_of(model: nn.Module, name: str) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from flowra_adapters.attach import attach
 from flowra_adapters.checkpoint import AdapterCheckpoint, owner_of
+from flowra_adapters.layers import linear_size
 from flowra_adapters.lora import LoRA
 from flowra_adapters.matching import adaptable_modules
 from flowra_adapters.peft_writer import CONFIG_NAME, PREFIX, TENSORS_NAME
@@ -34,10 +35,10 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "bias": ("none", None),
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
     "use_rslora": (True, False, None),
+    "fan_in_fan_out": (True, False, None),
     **dict.fromkeys(
         (
             "use_dora",
-            "fan_in_fan_out",
             "lora_bias",
             "layer_replication",
             "target_parameters",
@@ -93,6 +94,7 @@ def read_checkpoint(folder: str | Path) -> AdapterCheckpoint:
             trained_modules=trained,
             base_model_name_or_path=config["base_model_name_or_path"] or None,
             task_type=config["task_type"] or None,
+            fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         )
     except ValueError as error:
         raise ValueError(f"{error}; in {folder}") from None
@@ -116,8 +118,8 @@ def load_adapter(
         ValueError: if the files are damaged, or any tensor does not fit or has no place in this model.
     """
     checkpoint = read_checkpoint(folder)
-    own = model.state_dict()
-    unfit = sorted(checkpoint.factors.keys() - adaptable_modules(model).keys())
+    own, layers = model.state_dict(), adaptable_modules(model)
+    unfit = sorted(checkpoint.factors.keys() - layers.keys())
     if unfit:
         raise ValueError(f"adapter must fit the model, got one for {unfit[0]!r}, no layer of it; in {folder}")
     for name, tensor in checkpoint.modules_to_save.items():
@@ -125,7 +127,7 @@ def load_adapter(
             have = tuple(own[name].shape) if name in own else "no such tensor"
             raise ValueError(f"{name!r} must fit the model ({have}), got {tuple(tensor.shape)} from {folder}")
     for name, (a, b) in checkpoint.factors.items():
-        have = tuple(own[f"{name}.weight"].shape)
+        have = linear_size(layers[name])
         if have != (b.shape[0], a.shape[1]):
             raise ValueError(
                 f"adapter must belong to this base, got an update of {(b.shape[0], a.shape[1])} for {name!r} ({have});"

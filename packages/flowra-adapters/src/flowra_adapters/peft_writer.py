@@ -89,7 +89,7 @@ def write_checkpoint(checkpoint: AdapterCheckpoint, folder: str | Path, *, unit_
         "alpha_pattern": _pattern({name: _integer_if_whole(alpha) for name, alpha in alphas.items()}, default_alpha),
         "modules_to_save": sorted(checkpoint.trained_modules) or None,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": checkpoint.fan_in_fan_out,
         "use_rslora": False,
         "use_dora": False,
         "init_lora_weights": True,

@@ -1,0 +1,103 @@
+"""One low-rank update on a frozen linear layer, in the fewest passes over memory.
+
+    forward    z = x Aᵀ,  y = base + s z Bᵀ           added in place into the base's output
+    backward   ∂z = s g B,  ∂A = ∂zᵀ x,  ∂B = s gᵀ z,  ∂x = g W + ∂z A       one buffer for ∂x
+
+Composed from separate operations, autograd makes and adds a tensor of the output's size twice in the forward pass and
+one of the input's size in the backward pass; on small ranks these passes, not the products, are the price of LoRA.
+The weight takes part only through ∂x, so it must be frozen. Measured in ``benchmarks/bench_step.py``.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from flowra_adapters.layers import in_layout_of, is_conv1d
+
+__all__ = ["can_fuse", "fused_update"]
+
+
+def can_fuse(layer: nn.Module, x: Tensor, output: Tensor, factor: Tensor) -> bool:
+    """Tell whether :func:`fused_update` may take the place of adding the update to the layer's output.
+
+    Not where somebody else looks at the output before us (another hook, a replaced ``forward``), where the
+    layer's own parameters learn, where dtypes are mixed, or where the pass is transformed or recorded.
+
+    Returns:
+        Whether it may.
+    """
+    return (
+        (type(layer) is nn.Linear or is_conv1d(layer))
+        and len(layer._forward_hooks) == 1
+        and "forward" not in layer.__dict__
+        and not any(parameter.requires_grad for parameter in layer._parameters.values() if parameter is not None)
+        and x.dtype == output.dtype == factor.dtype
+        and x.layout == torch.strided
+        and not torch.is_autocast_enabled(x.device.type)
+        and not torch.compiler.is_compiling()
+        and not torch._C._get_tracing_state()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+def fused_update(layer: nn.Module, x: Tensor, output: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Add s · (x Aᵀ) Bᵀ to the output of a frozen linear layer, in place.
+
+    Args:
+        layer: that made ``output`` from ``x``.
+        x: ``(…, n)``.
+        output: ``(…, m)``; its memory is reused, its graph is not.
+        lora_A: ``(r, n)``.
+        lora_B: ``(m, r)``.
+        scaling: s.
+
+    Returns:
+        ``(…, m)``, differentiable in x and the factors, any number of times.
+    """
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    base = output.detach()
+    y, _ = _FusedUpdate.apply(x, base, in_layout_of(layer, weight), lora_A, lora_B, scaling)  # type: ignore[no-untyped-call]
+    assert isinstance(y, Tensor)
+    return y
+
+
+class _FusedUpdate(torch.autograd.Function):
+    """z is an output, too, so that a second derivative sees how it depends on x and A."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, base: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+    ) -> tuple[Tensor, Tensor]:
+        z = F.linear(x, lora_A)
+        base.view(-1, base.shape[-1]).addmm_(z.view(-1, z.shape[-1]), lora_B.T, alpha=scaling)
+        return base, z
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ANN401 - torch's
+        x, base, weight, lora_A, lora_B, scaling = inputs
+        ctx.mark_dirty(base)
+        ctx.set_materialize_grads(False)
+        ctx.scaling = scaling
+        ctx.save_for_backward(x, weight, lora_A, lora_B, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, gradient_z: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        x, weight, lora_A, lora_B, z = ctx.saved_tensors
+        if gradient is None:
+            gradient = x.new_zeros(*x.shape[:-1], len(weight))
+        g = gradient.reshape(-1, gradient.shape[-1])
+        dz = g @ (ctx.scaling * lora_B)
+        if gradient_z is not None:
+            dz = dz + gradient_z.reshape(dz.shape)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = (g @ weight).addmm_(dz, lora_A).view(x.shape)
+        dA = dz.T @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[3] else None
+        # (zᵀ g)ᵀ and not gᵀ z: the product of a wide matrix is the faster one by far.
+        dB = (ctx.scaling * (z.reshape(-1, z.shape[-1]).T @ g)).T if ctx.needs_input_grad[4] else None
+        return dx, None, None, dA, dB, None
