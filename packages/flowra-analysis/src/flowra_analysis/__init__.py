@@ -1,15 +1,19 @@
 """Where does information flow in a network, and where is it redundant?
 
 A model and batches go in, a :class:`FlowProfile` comes out: per module its shape, its cost per unit of rank, statistics
-with their standard errors, and spectra. Nothing is asked of the model but that its modules are ``nn.Linear``; its
-parameters, gradients and modes are left as they were.
+with their standard errors, and spectra. Nothing is asked of the model but that its modules are linear layers
+(``nn.Linear``, or the ``Conv1D`` of transformers); its parameters, gradients and modes are left as they were.
 """
 
 from importlib.metadata import version
 
 from flowra_analysis.empirical_fisher import EmpiricalFisher, Estimate, fisher_trace, squared_gradient_norms
 from flowra_analysis.flow_profile import FlowProfile, ModuleProfile, read_profile, write_profile
-from flowra_analysis.layer_signals import layer_signals
+from flowra_analysis.gradient_spectrum import GradientSketch, GradientSpectrum, gradient_spectra
+from flowra_analysis.kronecker_factors import KroneckerFactors, kronecker_factors
+from flowra_analysis.layer_signals import Signals, layer_signals
+from flowra_analysis.linear_layers import is_linear_layer, weight_matrix
+from flowra_analysis.per_example_signals import per_example_signals
 from flowra_analysis.rank_measures import (
     effective_rank,
     effective_rank_energy,
@@ -20,27 +24,35 @@ from flowra_analysis.rank_measures import (
     stable_rank,
     weight_spectrum,
 )
+from flowra_analysis.second_moments import MomentMatrix, SecondMoment
 
 __all__ = [
-    # sensitivity of the loss
     "EmpiricalFisher",
     "Estimate",
-    # the profile and its files
     "FlowProfile",
+    "GradientSketch",
+    "GradientSpectrum",
+    "KroneckerFactors",
     "ModuleProfile",
-    # how full a spectrum is
+    "MomentMatrix",
+    "SecondMoment",
+    "Signals",
     "effective_rank",
     "effective_rank_energy",
     "energy_rank",
     "fisher_trace",
-    # what passes through a layer
+    "gradient_spectra",
+    "is_linear_layer",
+    "kronecker_factors",
     "layer_signals",
     "participation_ratio",
+    "per_example_signals",
     "profile_weights",
     "read_profile",
     "redundancy",
     "squared_gradient_norms",
     "stable_rank",
+    "weight_matrix",
     "weight_spectrum",
     "write_profile",
 ]

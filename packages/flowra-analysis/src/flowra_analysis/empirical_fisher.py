@@ -8,20 +8,16 @@ Source: ghost norms after Goodfellow (2015), arXiv:1510.01799; the empirical Fis
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from flowra_analysis.layer_signals import layer_signals, linear_modules
+from flowra_analysis.per_example_signals import Batch, per_example_signals
 
 __all__ = ["EmpiricalFisher", "Estimate", "fisher_trace", "squared_gradient_norms"]
-
-Batch = TypeVar("Batch")
 
 
 class Estimate(NamedTuple):
@@ -155,7 +151,7 @@ def fisher_trace(
         batches: whatever ``per_example_loss`` understands; at least two examples in all.
         per_example_loss: ``(model, batch)`` to ``(N,)``, each example's own loss: a sum or mean over its own tokens,
             never over the batch.
-        module_names: exact qualified names of ``nn.Linear`` modules.
+        module_names: exact qualified names of linear layers (``nn.Linear`` or transformers' ``Conv1D``).
         mask: ``batch`` to ``(N, T)``, nonzero at real tokens; see :func:`layer_signals`. Not needed where padding
             reaches neither attention nor loss.
 
@@ -169,51 +165,11 @@ def fisher_trace(
 
     Source: docs/methods.md, section 2.
     """
-    modules = linear_modules(model, module_names)
     state = EmpiricalFisher.init()
-    with _evaluation(model), torch.enable_grad():
-        for index, batch in enumerate(batches):
-            real = None if mask is None else mask(batch)
-            for name, (x, g) in _signals(model, batch, per_example_loss, modules, real, index).items():
-                state = state.update(name, x, g, batch=index)
+    for index, batch in enumerate(per_example_signals(model, batches, per_example_loss, module_names, mask=mask)):
+        for name, (x, g, _) in batch.items():
+            state = state.update(name, x, g, batch=index)
     return state.finalise()
-
-
-def _signals(
-    model: nn.Module,
-    batch: Batch,
-    per_example_loss: Callable[[nn.Module, Batch], Tensor],
-    modules: Mapping[str, nn.Module],
-    mask: Tensor | None,
-    index: int,
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Run one batch; a module without signals, or with signals that are not per example, is an error."""
-    signals: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def collect(name: str, x: Tensor, g: Tensor) -> None:
-        signals[name] = (x, g)
-
-    with layer_signals(model, modules, collect, mask=mask), _output_edges(modules.values()) as edges:
-        losses = per_example_loss(model, batch)
-        if losses.ndim != 1 or not losses.requires_grad or not edges:
-            raise ValueError(
-                f"per_example_loss must give losses (N,) that depend on the modules, got {tuple(losses.shape)},"
-                f" requires_grad={losses.requires_grad}, {len(edges)} calls of the modules; in batch {index}."
-                " Give one loss per example, with its graph."
-            )
-        torch.autograd.grad(losses.sum(), edges, allow_unused=True)  # for its hooks; writes no .grad
-    silent = [name for name in modules if name not in signals]
-    if silent:
-        raise ValueError(
-            f"modules must be reached by the loss, got no gradient for {silent}; in batch {index}. Exclude them."
-        )
-    rows = {name: len(x) for name, (x, _) in signals.items() if len(x) != len(losses)}
-    if rows:
-        raise ValueError(
-            f"modules must see one row per example, got {rows} for {len(losses)} examples; in batch {index}. Batch and"
-            " tokens share an axis there: exclude these modules."
-        )
-    return signals
 
 
 def _combine(a: Moments, b: Moments) -> Moments:
@@ -222,32 +178,3 @@ def _combine(a: Moments, b: Moments) -> Moments:
     step = b.mean - a.mean
     mean = a.mean + step * b.num_examples / num
     return Moments(num, mean, a.squares + b.squares + step**2 * a.num_examples * b.num_examples / num)
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode, and each module back in its own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-@contextmanager
-def _output_edges(modules: Iterable[nn.Module]) -> Iterator[list[GradientEdge]]:
-    """Gather where in the graph the outputs of these modules are: a backward pass to there needs no parameter."""
-    edges: list[GradientEdge] = []
-
-    def gather(module: nn.Module, args: tuple[object, ...], output: Tensor) -> None:
-        if output.requires_grad:
-            edges.append(get_gradient_edge(output))
-
-    handles = [module.register_forward_hook(gather) for module in modules]
-    try:
-        yield edges
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -6,18 +6,30 @@ gradient of one example is G = Σ_t g_t x_tᵀ. So no ``weight.grad`` is needed,
 Conventions: N examples, T tokens, x is ``(N, T, n)`` and g is ``(N, T, m)`` for a weight ``(m, n)``.
 """
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-__all__ = ["layer_signals"]
+from flowra_analysis.linear_layers import linear_modules
+
+__all__ = ["Signals", "layer_signals", "record_signals"]
+
+
+class Signals(NamedTuple):
+    """What passed through one module in one backward pass."""
+
+    x: Tensor
+    """``(N, T, n)``, its input."""
+    g: Tensor
+    """``(N, T, m)``, the gradient at its output; zero at padding."""
+    real: Tensor | None
+    """``(N, T)``, true at real tokens; None if all of them are."""
 
 
 @contextmanager
@@ -43,7 +55,7 @@ def layer_signals(
 
     Args:
         model: any model.
-        module_names: exact qualified names of ``nn.Linear`` modules, at least one.
+        module_names: exact qualified names of linear layers (``nn.Linear`` or transformers' ``Conv1D``), at least one.
         callback: called as ``callback(name, x, g)``, in the order of ``module_names``, without grad mode. Modules that
             no gradient reached are not reported.
         mask: ``(N, T)``, nonzero at real tokens; for all passes in the block, so open one block per batch. Sets g to
@@ -56,10 +68,26 @@ def layer_signals(
         Nothing.
 
     Raises:
-        ValueError: if a name is not that of an ``nn.Linear``, an input has no example axis or is changed in place
+        ValueError: if a name is not that of a linear layer, an input has no example axis or is changed in place
             after the call, the calls of a module disagree about N, or the mask does.
 
     Source: docs/methods.md, section 2; per-example gradients from x and g after Goodfellow (2015), arXiv:1510.01799.
+    """
+    with record_signals(model, module_names, lambda name, seen: callback(name, seen.x, seen.g), mask=mask):
+        yield
+
+
+@contextmanager
+def record_signals(
+    model: nn.Module, module_names: Iterable[str], callback: Callable[[str, Signals], None], *, mask: Tensor | None
+) -> Iterator[None]:
+    """Do as :func:`layer_signals`, with a callback ``callback(name, signals)`` that also learns which tokens are real.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: as there.
     """
     modules = linear_modules(model, module_names)
     if mask is not None and mask.ndim != 2:
@@ -76,39 +104,10 @@ def layer_signals(
             handle.remove()
 
 
-def linear_modules(model: nn.Module, module_names: Iterable[str]) -> dict[str, nn.Linear]:
-    """Look up linear modules by qualified name.
-
-    Returns:
-        Name to module, in the order given.
-
-    Raises:
-        ValueError: if there is no name, or one is not that of an ``nn.Linear``; all such names are reported.
-    """
-    by_name = dict(model.named_modules(remove_duplicate=False))
-    found: dict[str, nn.Linear] = {}
-    problems = []
-    for name in [module_names] if isinstance(module_names, str) else module_names:
-        module = by_name.get(name)
-        if isinstance(module, nn.Linear):
-            found[name] = module
-        elif module is not None:
-            problems.append(f"{name!r} is a {type(module).__name__}")
-        else:
-            linear = [each for each, candidate in by_name.items() if isinstance(candidate, nn.Linear)]
-            near = difflib.get_close_matches(name, linear, n=3) or linear[:3]
-            problems.append(f"no module {name!r}, nearest names: {', '.join(near) or 'none'}")
-    if problems:
-        raise ValueError(f"module_names must be names of nn.Linear modules, got: {'; '.join(problems)}")
-    if not found:
-        raise ValueError("module_names must hold at least one name, got none")
-    return found
-
-
 class Recorder:
     """Pairs each call's input with the gradient of its output, one backward pass (autograd graph task) at a time."""
 
-    def __init__(self, names: list[str], callback: Callable[[str, Tensor, Tensor], None], mask: Tensor | None) -> None:
+    def __init__(self, names: list[str], callback: Callable[[str, Signals], None], mask: Tensor | None) -> None:
         self.names = names
         self.callback = callback
         self.mask = mask
@@ -122,7 +121,7 @@ class Recorder:
         """Forward hook: remember the input and wait for the gradient of the output."""
         if not torch.is_grad_enabled():
             return None
-        x: Tensor = args[0] if args else kwargs["input"]
+        x: Tensor = (*args, *kwargs.values())[0]  # the one argument is called input, in Conv1D x
         if x.ndim < 2:
             raise ValueError(f"input must have shape (N, …, n), got {tuple(x.shape)} at {name!r}. Add a batch axis.")
         if not output.requires_grad:
@@ -152,21 +151,34 @@ class Recorder:
         by_name = self.arrived.pop(task)
         for name in self.names:
             if name in by_name:
-                calls = [by_name[name][call] for call in sorted(by_name[name])]
-                x, g = zip(*(self.tokens(name, *call) for call in calls), strict=True)
-                if len({len(each) for each in x}) > 1:
+                calls = [self.tokens(name, *by_name[name][call]) for call in sorted(by_name[name])]
+                if len({len(each.x) for each in calls}) > 1:
                     raise ValueError(
-                        f"calls of a module must agree about N, got {[len(each) for each in x]} at {name!r}."
+                        f"calls of a module must agree about N, got {[len(each.x) for each in calls]} at {name!r}."
                         " Exclude the module."
                     )
-                self.callback(name, torch.cat(x, 1) if len(x) > 1 else x[0], torch.cat(g, 1) if len(g) > 1 else g[0])
+                self.callback(name, join(calls) if len(calls) > 1 else calls[0])
 
-    def tokens(self, name: str, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    def tokens(self, name: str, x: Tensor, g: Tensor) -> Signals:
         """Bring one call to ``(N, T, n)`` and ``(N, T, m)``, g zero at padding."""
         is_sequence = x.ndim == 3
         x, g = x.unsqueeze(1).flatten(1, -2), g.unsqueeze(1).flatten(1, -2)
-        if self.mask is not None and len(self.mask) != len(x):
+        if self.mask is None:
+            return Signals(x, g, None)
+        if len(self.mask) != len(x):
             raise ValueError(f"mask must have one row per example, got {len(self.mask)} for {len(x)} at {name!r}")
-        if self.mask is not None and is_sequence and self.mask.shape == x.shape[:2]:
-            g = g.masked_fill((self.mask == 0).to(g.device).unsqueeze(-1), 0)
-        return x, g
+        if not is_sequence or self.mask.shape != x.shape[:2]:
+            return Signals(x, g, None)
+        real = (self.mask != 0).to(g.device)
+        return Signals(x, g.masked_fill(~real.unsqueeze(-1), 0), real)
+
+
+def join(calls: list[Signals]) -> Signals:
+    """Join the calls of a module along the token axis."""
+    real = [torch.ones_like(x[..., 0], dtype=torch.bool) if real is None else real for x, _, real in calls]
+    is_masked = any(each.real is not None for each in calls)
+    return Signals(
+        torch.cat([each.x for each in calls], 1),
+        torch.cat([each.g for each in calls], 1),
+        torch.cat(real, 1) if is_masked else None,
+    )

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from flowra_analysis.layer_signals import linear_modules
+from flowra_analysis.linear_layers import linear_modules, weight_matrix
 
 __all__ = [
     "effective_rank",
@@ -116,7 +116,7 @@ def profile_weights(
 
     Args:
         model: not changed.
-        module_names: exact qualified names of ``nn.Linear`` modules.
+        module_names: exact qualified names of linear layers (``nn.Linear`` or transformers' ``Conv1D``).
 
     Returns:
         Statistics by module name (``weight_effective_rank``, ``weight_stable_rank``, ``weight_redundancy``), and
@@ -127,14 +127,15 @@ def profile_weights(
     """
     statistics, spectra = {}, {}
     for name, module in linear_modules(model, module_names).items():
+        weight = weight_matrix(module)
         try:
-            sigma = weight_spectrum(module.weight).cpu()
+            sigma = weight_spectrum(weight).cpu()
         except ValueError as error:
             raise ValueError(f"{error}; for module {name!r}") from None
         statistics[name] = {
             "weight_effective_rank": effective_rank(sigma),
             "weight_stable_rank": stable_rank(sigma),
-            "weight_redundancy": redundancy(sigma, (module.weight.shape[0], module.weight.shape[1])),
+            "weight_redundancy": redundancy(sigma, (weight.shape[0], weight.shape[1])),
         }
         spectra[name] = sigma
     return statistics, spectra

@@ -1,0 +1,312 @@
+"""Leading singular values and vectors of a layer's mean gradient G = (1/N) Σ_i Σ_t g_it x_itᵀ, which is never formed.
+
+G is linear in the stream of (x, g), so it can be sketched as it goes by, and sketches of parts of the data add up.
+With fixed Gaussian Υ (k, m), Ω (k, n), Φ (s, m), Ψ (s, n), Θ (p, m):
+
+    X = Υ G  (co-range, k x n),   Y = G Ωᵀ  (range, m x k),   Z = Φ G Ψᵀ  (core, s x s),   E = Θ G  (check, p x n).
+
+Q = orth(Y) and P = orth(Xᵀ) hold the leading directions, and Ĝ = Q C Pᵀ with C = (ΦQ)⁺ Z ((ΨP)⁺)ᵀ approximates G; if
+rank G ≤ k, it is G. E takes no part in Ĝ, so it tells how far Ĝ is from G, and how long G is.
+
+Source: Tropp, Yurtsever, Udell & Cevher (2019), SIAM J. Sci. Comput. 41, A2430, arXiv:1902.08651: the
+sketch, its reconstruction and its error estimate. docs/methods.md, section 10. Deviations: s = 4k, where
+the paper's least is 2k + 1; ‖G‖² by a control variate, see :meth:`GradientSketch.finalise`.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from flowra_analysis.per_example_signals import Batch, per_example_signals
+from flowra_analysis.rank_measures import effective_rank, stable_rank
+
+__all__ = ["GradientSketch", "GradientSpectrum", "gradient_spectra"]
+
+CORE_FACTOR = 4
+NUM_CHECKS = 10
+
+
+class Probes(NamedTuple):
+    """The fixed Gaussian matrices; states that begin as one share them."""
+
+    upsilon: Tensor
+    omega: Tensor
+    phi: Tensor
+    psi: Tensor
+    theta: Tensor
+
+
+class Sums(NamedTuple):
+    """The sketches of N·G."""
+
+    corange: Tensor
+    range: Tensor
+    core: Tensor
+    check: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class GradientSpectrum:
+    """The best that a sketch knows of a gradient: G ≈ Ĝ = left · diag(singular_values) · rightᵀ.
+
+    The values are those of Ĝ: they are off by at most ‖G − Ĝ‖, together (Σ(σ̂ᵢ − σᵢ)² ≤ ‖G − Ĝ‖², Mirsky 1960), and the
+    spectrum is truncated at k. Where it decays, the first quarter of the values is good; the last are rough. Where it
+    does not, ``squared_error`` is near ``squared_norm`` or above it, and Ĝ says little about G.
+    """
+
+    singular_values: Tensor
+    """``(k,)``, non-increasing, float64."""
+    left: Tensor
+    """``(m, k)``, orthonormal columns, in the dtype of the sketch."""
+    right: Tensor
+    """``(n, k)``, orthonormal columns."""
+    squared_norm: float
+    """Unbiased estimate of ‖G‖²_F; exact if rank G ≤ k."""
+    squared_error: float
+    """Unbiased estimate of ‖G − Ĝ‖²_F, ≥ 0."""
+
+    def energy_share(self, rank: int) -> float:
+        """Compute Σ_{i≤rank} σᵢ²/‖G‖²: how much of the gradient its leading directions hold.
+
+        Args:
+            rank: in [0, k].
+
+        Returns:
+            About in [0, 1]; estimates that are off can take it above 1. 0 for a zero gradient.
+
+        Raises:
+            ValueError: if the rank is out of range.
+        """
+        if not 0 <= rank <= len(self.singular_values):
+            raise ValueError(
+                f"rank must be in [0, {len(self.singular_values)}], got {rank}. Take a larger size of the sketch."
+            )
+        energy = float(self.singular_values[:rank].square().sum())
+        return energy / self.squared_norm if energy else 0.0
+
+    def statistics(self) -> dict[str, float]:
+        """Return what a :class:`FlowProfile` holds of a gradient.
+
+        Returns:
+            ``gradient_squared_norm`` and ``gradient_squared_error``, the estimates above, and
+            ``gradient_effective_rank`` and ``gradient_stable_rank`` of the k sketched values. Leaving out the smallest
+            values of a spectrum lowers these measures, so, but for the error of the sketch, they are lower bounds.
+        """
+        return {
+            "gradient_squared_norm": self.squared_norm,
+            "gradient_squared_error": self.squared_error,
+            "gradient_effective_rank": effective_rank(self.singular_values),
+            "gradient_stable_rank": stable_rank(self.singular_values),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class GradientSketch:
+    """What is known so far of one module's mean gradient.
+
+    A value: each step returns a new one. Batches may be split over states, and over processes, in any way and order;
+    merged, they are the same to within rounding, if all began with the same arguments. Holds k(m + n) + 16k² + 10n
+    numbers, and as probes 5k(m + n) + 10m more, which states of one shape share if they begin as one.
+
+    >>> _ = torch.manual_seed(0)
+    >>> x, g = torch.randn(8, 5, 2) @ torch.randn(2, 40), torch.randn(8, 5, 30)  # the gradient has rank 2
+    >>> spectrum = GradientSketch.init((30, 40), size=4).update(x, g).finalise()
+    >>> exact = torch.linalg.svdvals(torch.einsum("ntm,ntk->mk", g, x) / 8)
+    >>> torch.allclose(spectrum.singular_values[:2].float(), exact[:2], rtol=1e-3)
+    True
+    """
+
+    shape: tuple[int, int]
+    """(m, n) of the weight."""
+    size: int
+    """k."""
+    seed: int
+    num_examples: int
+    probes: Probes
+    sums: Sums
+
+    @classmethod
+    def init(
+        cls,
+        shape: tuple[int, int],
+        *,
+        size: int = 32,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> "GradientSketch":
+        """Return the state before the first batch.
+
+        Args:
+            shape: (m, n) = (out, in) of the weight.
+            size: k ≥ 1, number of singular values; four times as many as shall be accurate. At most min(m, n) are used,
+                and then nothing is approximated.
+            seed: of the probes. They are drawn on the CPU, so they are the same on each device.
+            dtype: to accumulate in, float32 or float64.
+            device: of x and g.
+
+        Returns:
+            The state that has seen nothing.
+
+        Raises:
+            ValueError: if the size is not positive or the dtype is narrower than float32.
+        """
+        if size < 1:
+            raise ValueError(f"size must be at least 1, got {size}")
+        if dtype not in {torch.float32, torch.float64}:
+            raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+        m, n = shape
+        k = min(size, m, n)
+        s = CORE_FACTOR * k
+        generator = torch.Generator().manual_seed(seed)
+        shapes = [(k, m), (k, n), (s, m), (s, n), (NUM_CHECKS, m)]
+        probes = [torch.randn(each, generator=generator, dtype=dtype).to(device) for each in shapes]
+        zeros = [torch.zeros(each, dtype=dtype, device=device) for each in [(k, n), (m, k), (s, s), (NUM_CHECKS, n)]]
+        return cls(shape=(m, n), size=k, seed=seed, num_examples=0, probes=Probes(*probes), sums=Sums(*zeros))
+
+    def update(self, x: Tensor, g: Tensor) -> "GradientSketch":
+        """Add the examples of one batch. Cost T(10k + 10)(m + n) multiplications or so, T the tokens.
+
+        Args:
+            x: ``(N, T, n)``, the module's input, floating point.
+            g: ``(N, T, m)``, the gradient of each example's own loss at the module's output.
+
+        Returns:
+            The state with these N examples.
+
+        Raises:
+            ValueError: if the shapes do not fit, or the sketch is then not finite.
+        """
+        m, n = self.shape
+        if x.ndim != 3 or x.shape[:2] != g.shape[:2] or (*g.shape[2:], *x.shape[2:]) != (m, n):
+            raise ValueError(
+                f"x and g must have shapes (N, T, {n}) and (N, T, {m}), got {tuple(x.shape)} and {tuple(g.shape)}"
+            )
+        upsilon, omega, phi, psi, theta = self.probes
+        num_examples = self.num_examples + len(x)
+        x, g = x.flatten(0, 1).to(omega.dtype), g.flatten(0, 1).to(omega.dtype)
+        seen = Sums(
+            corange=(g @ upsilon.T).T @ x,
+            range=g.T @ (x @ omega.T),
+            core=(g @ phi.T).T @ (x @ psi.T),
+            check=(g @ theta.T).T @ x,
+        )
+        if not torch.stack([each.sum() for each in seen]).isfinite().all():
+            raise ValueError(
+                "x and g must be finite, and their products too, got NaN or infinity. Check the loss and the inputs of"
+                " this batch, or compute in a wider dtype."
+            )
+        return replace(self, num_examples=num_examples, sums=_add(self.sums, seen))
+
+    def merge(self, other: "GradientSketch") -> "GradientSketch":
+        """Return the state that has seen the examples of both, on the device of this one.
+
+        Raises:
+            ValueError: if the two did not begin with the same shape, size, seed and dtype.
+        """
+        ours, theirs = self._origin(), other._origin()
+        if ours != theirs:
+            raise ValueError(f"other must begin with the same (shape, size, seed, dtype) {ours}, got {theirs}")
+        return replace(self, num_examples=self.num_examples + other.num_examples, sums=_add(self.sums, other.sums))
+
+    def finalise(self) -> GradientSpectrum:
+        """Reconstruct the leading singular values and vectors of the mean gradient, in float64.
+
+        ‖G − Ĝ‖² is estimated by ‖Θ(G − Ĝ)‖²/p, which is unbiased since Θ takes no part in Ĝ. ‖G‖² is estimated by
+        ‖Ĝ‖² + (‖ΘG‖² − ‖ΘĜ‖²)/p: unbiased for the same reason, with variance (2/p)‖G Gᵀ − Ĝ Ĝᵀ‖²_F, which vanishes with
+        the error, where ‖ΘG‖²/p alone would scatter by up to √(2/p). The expectation is over the probes.
+
+        Returns:
+            Values and vectors of Ĝ, on the device of the state. With σ the values of G (the paper's theorem 5.1),
+            E‖G − Ĝ‖² ≤ (s − 1)/(s − k − 1) · min_{ρ<k−1} (k + ρ − 1)/(k − ρ − 1) · Σ_{i>ρ} σᵢ².
+
+        Raises:
+            ValueError: if no example was seen.
+        """
+        if not self.num_examples:
+            raise ValueError("the state must have seen at least one example, got none. Give more batches.")
+        phi, psi, theta = self.probes.phi.double(), self.probes.psi.double(), self.probes.theta.double()
+        corange, range_, core, check = (each.double() / self.num_examples for each in self.sums)
+        q, p = torch.linalg.qr(range_).Q, torch.linalg.qr(corange.T).Q
+        half = torch.linalg.lstsq(phi @ q, core).solution  # (k, s)
+        u, sigma, vt = torch.linalg.svd(torch.linalg.lstsq(psi @ p, half.T).solution.T)
+        left, right = q @ u, p @ vt.T
+        expected = (theta @ left * sigma) @ right.T  # Θ Ĝ
+        return GradientSpectrum(
+            singular_values=sigma,
+            left=left.to(self.sums.range.dtype),
+            right=right.to(self.sums.range.dtype),
+            squared_norm=float(sigma.square().sum() + (check.square().sum() - expected.square().sum()) / NUM_CHECKS),
+            squared_error=float((check - expected).square().sum() / NUM_CHECKS),
+        )
+
+    def _origin(self) -> tuple[tuple[int, int], int, int, torch.dtype]:
+        return self.shape, self.size, self.seed, self.probes.omega.dtype
+
+
+def gradient_spectra(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    per_example_loss: Callable[[nn.Module, Batch], Tensor],
+    module_names: Iterable[str],
+    *,
+    size: int = 32,
+    seed: int = 0,
+    mask: Callable[[Batch], Tensor] | None = None,
+) -> dict[str, GradientSpectrum]:
+    """Sketch the spectrum of the mean gradient of each named module's weight; no ``weight.grad`` is needed or written.
+
+    The gradient is the mean over examples of that of each example's own loss. Accumulated in the dtype of x and g, at
+    least float32. To split the data over processes, update :class:`GradientSketch` states from
+    :func:`per_example_signals` and merge them.
+
+    Args:
+        model: must treat the examples of a batch independently, first axis N.
+        batches: whatever ``per_example_loss`` understands; at least one example in all.
+        per_example_loss: ``(model, batch)`` to ``(N,)``; see :func:`per_example_signals`.
+        module_names: exact qualified names of linear layers (``nn.Linear`` or transformers' ``Conv1D``).
+        size: k, number of singular values, four times as many as shall be accurate; at most min(m, n) are used.
+        seed: of the probes.
+        mask: ``batch`` to ``(N, T)``, nonzero at real tokens; see :func:`layer_signals`.
+
+    Returns:
+        Module name to spectrum, in the order of ``module_names``.
+
+    Raises:
+        ValueError: as :func:`per_example_signals`; if there is no example, or a sketch is not finite (naming the module
+            and the batch).
+
+    Source: docs/methods.md, section 10.
+
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Linear(6, 4)
+    >>> spectrum = gradient_spectra(model, [torch.randn(8, 6)], lambda model, x: model(x).square().sum(1), [""])[""]
+    >>> spectrum.singular_values.shape, round(spectrum.energy_share(rank=4), 4), model.weight.grad
+    (torch.Size([4]), 1.0, None)
+    """
+    empty: dict[tuple[object, ...], GradientSketch] = {}  # layers of one shape share their probes
+    states: dict[str, GradientSketch] = {}
+    for index, batch in enumerate(per_example_signals(model, batches, per_example_loss, module_names, mask=mask)):
+        for name, (x, g, _) in batch.items():
+            if name not in states:
+                dtype = torch.promote_types(torch.promote_types(x.dtype, g.dtype), torch.float32)
+                kind = (g.shape[-1], x.shape[-1], dtype, x.device)
+                if kind not in empty:
+                    empty[kind] = GradientSketch.init(
+                        (g.shape[-1], x.shape[-1]), size=size, seed=seed, dtype=dtype, device=x.device
+                    )
+                states[name] = empty[kind]
+            try:
+                states[name] = states[name].update(x, g)
+            except ValueError as error:
+                raise ValueError(f"{error} For module {name!r}, batch {index}.") from None
+    if not states:
+        raise ValueError("batches must hold at least one example, got none")
+    return {name: state.finalise() for name, state in states.items()}
+
+
+def _add(ours: Sums, theirs: Sums) -> Sums:
+    return Sums(*(a + b.to(a) for a, b in zip(ours, theirs, strict=True)))
