@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowra_allocation import BottleneckGram, FlowSpectrum, GradientSketch, flow_spectrum, greedy, truncate
+from flowra_allocation import BottleneckGram, FlowSpectrum, GradientSketch, exact, flow_spectrum, greedy, truncate
 
 FOLDER = Path(__file__).parents[1] / "golden"
 ALLOCATION = json.loads((FOLDER / "flowra_allocation.json").read_text())
@@ -60,6 +60,14 @@ def test_the_best_unit_left_out_is_the_first_that_did_not_fit(case: Any) -> None
             expected = (name, -negative)
     assert list(ranks.values()) == case["greedy_ranks"]
     assert greedy(gains, costs, case["budget"]).first_out == expected
+
+
+@CASE
+def test_exact_gives_the_written_optimum(case: Any) -> None:  # noqa: ANN401
+    found = exact(*as_problem(case), case["budget"])
+    assert list(found.ranks.values()) == case["optimal_ranks"]
+    assert found.parameters == case["optimal_used"]
+    assert found.gain == pytest.approx(case["optimal_value"], abs=1e-12)
 
 
 @CASE

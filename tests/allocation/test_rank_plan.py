@@ -1,5 +1,6 @@
 """The plan as a file."""
 
+import doctest
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import flowra_allocation.rank_plan
 from flowra_allocation import ModulePlan, RankPlan, allocate, read_plan, write_plan
 from flowra_allocation.rank_plan import MAX_PLAN_BYTES
 
@@ -203,3 +205,7 @@ def test_a_plan_with_a_value_of_the_wrong_kind_is_refused_in_one_line(name: str,
     WRONG_VALUES[name](content)
     path.write_text(json.dumps(content), encoding="utf-8")
     refused(tmp_path)
+
+
+def test_the_example_of_the_docstring_runs() -> None:
+    assert doctest.testmod(flowra_allocation.rank_plan).failed == 0

@@ -9,15 +9,19 @@ from importlib.metadata import version
 from flowra_allocation.bottleneck_gram import BottleneckGram, FlowSpectrum, balance, flow_spectrum, truncate
 from flowra_allocation.breathe import Moves, breathe
 from flowra_allocation.budget import parse_budget
-from flowra_allocation.greedy import Allocation, greedy
+from flowra_allocation.exact import exact
+from flowra_allocation.greedy import greedy
 from flowra_allocation.growth import GradientSketch
+from flowra_allocation.knapsack import Allocation
 from flowra_allocation.observe import BottleneckObserver, ObservableLayer
 from flowra_allocation.rank_plan import ModulePlan, RankPlan, allocate, mean_rank, read_plan, write_plan
 from flowra_allocation.refinement import RankEvent, RankHistory, RefinableLayer, RefinementSchedule, Refiner
 from flowra_allocation.sensitivity import sensitivity
+from flowra_allocation.solvers import SOLVERS, Solver
 from flowra_allocation.surgery import ResizableLayer, grow, keep, rebase
 
 __all__ = [
+    "SOLVERS",
     "Allocation",
     "BottleneckGram",
     "BottleneckObserver",
@@ -33,9 +37,11 @@ __all__ = [
     "RefinementSchedule",
     "Refiner",
     "ResizableLayer",
+    "Solver",
     "allocate",
     "balance",
     "breathe",
+    "exact",
     "flow_spectrum",
     "greedy",
     "grow",

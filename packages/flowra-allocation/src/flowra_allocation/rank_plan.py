@@ -9,8 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from flowra_allocation.greedy import check_gains, greedy
+from flowra_allocation.knapsack import check_gains
 from flowra_allocation.sensitivity import sensitivity
+from flowra_allocation.solvers import SOLVERS
 
 __all__ = ["ModulePlan", "RankPlan", "allocate", "mean_rank", "read_plan", "write_plan"]
 
@@ -67,9 +68,9 @@ class RankPlan:
     sensitivity_threshold: float
     """η: modules with ψ < η got rank 0."""
     last_in: tuple[str, float] | None = None
-    """Module and gain per parameter of the last unit that was taken."""
+    """Module and gain per parameter of the unit taken that is worth least per parameter."""
     first_out: tuple[str, float] | None = None
-    """Module and gain per parameter of the best unit left out: the marginal value of a parameter."""
+    """Module and gain per parameter of the unit left out for want of budget that is worth most per parameter."""
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -118,8 +119,9 @@ def allocate(
     budget: int,
     sensitivity_threshold: float = 0.05,
     scaling: float = 2.0,
+    solver: Literal["greedy", "exact"] = "greedy",
 ) -> RankPlan:
-    """Spend a budget where it pays: rank 0 below the threshold, greedy knapsack above it.
+    """Spend a budget where it pays: rank 0 below the threshold, a knapsack above it.
 
     ψ is taken over the first unit of rank, so that which modules are eligible does not depend on the budget: a larger
     budget never plans less. (Over ⌈r̄⌉ units it would not; decision 0007.)
@@ -130,13 +132,25 @@ def allocate(
         budget: P, in parameters.
         sensitivity_threshold: η in [0, 1); 0 switches it off. 0.05 means a density below 1/19 of the median module's.
         scaling: s, written into the plan.
+        solver: a name in :data:`SOLVERS`. ``greedy`` falls short of ``exact`` by at most one gain, and not at all
+            where costs are equal.
 
     Returns:
         The plan, modules in the order of ``gains``.
 
     Raises:
-        ValueError: if the threshold is out of range, the budget is below one unit of rank, or gains are malformed.
+        ValueError: if the threshold is out of range, the solver unknown, the budget below one unit of rank, gains are
+            malformed, or ``exact`` would take too long.
+
+    Example:
+        >>> gains, costs = {"query": [10.0, 1.0], "value": [6.0, 0.0]}, {"query": 10, "value": 5}
+        >>> allocate(gains, costs, budget=10).ranks
+        {'query': 0, 'value': 2}
+        >>> allocate(gains, costs, budget=10, solver="exact").ranks
+        {'query': 1, 'value': 0}
     """
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {sorted(SOLVERS)}, got {solver!r}")
     if not 0 <= sensitivity_threshold < 1:
         raise ValueError(f"sensitivity_threshold must be in [0, 1), got {sensitivity_threshold}")
     check_gains(gains, costs, max(budget, 0))
@@ -147,7 +161,7 @@ def allocate(
         )
     psi = sensitivity(gains, costs)
     caps = {name: len(gains[name]) if psi[name] >= sensitivity_threshold else 0 for name in gains}
-    chosen = greedy(gains, costs, budget, caps=caps)
+    chosen = SOLVERS[solver](gains, costs, budget, caps=caps)
     modules = {
         name: ModulePlan(
             rank=chosen.ranks[name],
