@@ -1,4 +1,8 @@
+import dataclasses
+import inspect
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +12,11 @@ from flowra_compose import (
     RULES,
     AdapterState,
     LowRankUpdate,
+    TruncatedUpdate,
     merge_adapters,
     merge_folders,
     read_adapter,
+    truncated_svd,
     write_adapter,
 )
 
@@ -77,8 +83,51 @@ def test_nothing_to_merge_is_refused() -> None:
 
 
 def test_an_unknown_rule_names_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"rule must be one of \['cat'\], got 'cats'\. Nearest: 'cat'"):
+    with pytest.raises(
+        ValueError, match=r"rule must be one of \['cat', 'truncated_svd'\], got 'cats'\. Nearest: 'cat'"
+    ):
         merge_adapters([adapter()], [1], rule="cats")
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_options_of_a_rule_are_the_keywords_of_its_function(name: str) -> None:
+    parameters = inspect.signature(RULES[name].merge).parameters.values()
+    keywords = {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
+    assert set(RULES[name].options) == keywords <= inspect.signature(merge_adapters).parameters.keys()
+
+
+@pytest.mark.parametrize(("option", "value"), [("rank", 2), ("rank", {"fc": 2}), ("energy", 0.5)])
+def test_an_option_that_the_rule_ignores_is_refused(option: str, value: Any, tmp_path: Path) -> None:  # noqa: ANN401
+    message = f"{option} must be left out with the rule 'cat', got {value}. It is for ['truncated_svd']"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        merge_adapters([adapter()], [1], **{option: value})
+    write_adapter(adapter(), tmp_path / "a")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        merge_folders([tmp_path / "a"], [1], tmp_path / "out", **{option: value})
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_reach_the_rule_and_the_updates_say_what_was_lost(tmp_path: Path) -> None:
+    inputs, weights = [adapter(0), adapter(1)], [0.5, -2.0]
+    expected = truncated_svd([one.updates for one in inputs], weights, rank=2, energy=0.9)["fc"]
+    merged = merge_adapters(inputs, weights, rule="truncated_svd", rank=2, energy=0.9).updates["fc"]
+    assert isinstance(merged, TruncatedUpdate)
+    assert torch.equal(merged.delta_weight(), expected.delta_weight())
+    assert merged.loss == expected.loss > 0
+    for name, one in zip("ab", inputs, strict=True):
+        write_adapter(one, tmp_path / name)
+    folders = [tmp_path / "a", tmp_path / "b"]
+    from_files = merge_folders(folders, weights, tmp_path / "out", rule="truncated_svd", rank={"fc": 1})
+    assert from_files.updates["fc"].rank == read_adapter(tmp_path / "out").updates["fc"].rank == 1
+
+
+@pytest.mark.parametrize(("first", "second"), [(True, True), (True, False), (False, True), (False, False)])
+def test_transposed_storage_of_any_input_is_passed_on(first: bool, second: bool) -> None:
+    inputs = [dataclasses.replace(adapter(seed), fan_in_fan_out=each) for seed, each in enumerate((first, second))]
+    merged = merge_adapters(inputs, [1, 1])
+    assert merged.fan_in_fan_out is (first or second)
+    plain = merge_adapters([adapter(0), adapter(1)], [1, 1])
+    assert torch.equal(merged.updates["fc"].delta_weight(), plain.updates["fc"].delta_weight())
 
 
 def test_shapes_that_disagree_name_both_inputs() -> None:

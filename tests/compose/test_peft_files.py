@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from flowra_compose import AdapterState, LowRankUpdate, merge_folders, read_adapter, write_adapter
 
@@ -107,6 +109,52 @@ def test_peft_loads_a_head_whose_tensors_lie_deeper(tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(network(), str(tmp_path / "out")).eval()
     x = torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_peft_loads_the_merge_of_its_own_adapters_of_gpt2(tmp_path: Path) -> None:
+    shape = {"vocab_size": 23, "n_positions": 8, "n_embd": 8, "n_layer": 2, "n_head": 2}
+    base = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).eval()
+    tokens = torch.arange(12).reshape(2, 6)
+    expected = copy.deepcopy(base)
+    for name, weight in (("a", 0.7), ("bb", -1.3)):
+        # c_attn and c_proj are Conv1D: PEFT wants fan_in_fan_out, and the weight of the base is (in, out)
+        options = LoraConfig(r=3, lora_alpha=6, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
+        model = get_peft_model(copy.deepcopy(base), options)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = torch.randn(parameter.shape)
+        model.save_pretrained(tmp_path / name)
+        for module_name, module in model.base_model.model.named_modules():
+            if hasattr(module, "get_delta_weight"):
+                expected.get_submodule(module_name).weight.data += weight * module.get_delta_weight("default")
+    state = read_adapter(tmp_path / "a")
+    assert state.fan_in_fan_out
+    assert state.updates["transformer.h.0.attn.c_attn"].shape == (24, 8)  # (out, in), as for any layer
+    merge_folders([tmp_path / "a", tmp_path / "bb"], [0.7, -1.3], tmp_path / "out")
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "out")).eval()  # a warning is an error
+    torch.testing.assert_close(loaded(tokens).logits, expected(tokens).logits, rtol=1e-4, atol=1e-5)
+    assert float((base(tokens).logits - expected(tokens).logits).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize(("written", "read"), [(True, True), (False, False), (None, False)])
+def test_transposed_storage_is_read_and_written_again(folder: Path, written: bool | None, read: bool) -> None:
+    plain = read_adapter(folder)
+    edit_config(folder, fan_in_fan_out=written)
+    state = read_adapter(folder)
+    assert state.fan_in_fan_out is read
+    assert all(
+        torch.equal(state.updates[name].delta_weight(), plain.updates[name].delta_weight()) for name in plain.updates
+    )
+    write_adapter(state, folder)
+    assert json.loads((folder / CONFIG).read_text())["fan_in_fan_out"] is read
+
+
+def test_a_configuration_that_does_not_name_the_storage_means_rows_of_outputs(folder: Path) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    del config["fan_in_fan_out"]
+    (folder / CONFIG).write_text(json.dumps(config))
+    assert read_adapter(folder).fan_in_fan_out is False
 
 
 @pytest.mark.parametrize(
@@ -212,7 +260,7 @@ def test_first_matching_key_sets_rank_and_alpha(folder: Path) -> None:
         ({"peft_type": "IA3"}, "plain LoRA, got {'peft_type': 'IA3'}"),
         ({"peft_type": None}, "plain LoRA, got {'peft_type': None}"),
         ({"use_dora": True}, "plain LoRA, got {'use_dora': True}"),
-        ({"fan_in_fan_out": True}, "plain LoRA, got {'fan_in_fan_out': True}"),
+        ({"fan_in_fan_out": "true"}, "plain LoRA, got {'fan_in_fan_out': 'true'}"),
         ({"lora_bias": True}, "plain LoRA, got {'lora_bias': True}"),
         ({"bias": "lora_only"}, "plain LoRA, got {'bias': 'lora_only'}"),
         ({"use_rslora": "false"}, "plain LoRA, got {'use_rslora': 'false'}"),

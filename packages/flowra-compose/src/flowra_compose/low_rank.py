@@ -82,6 +82,8 @@ class AdapterState:
     """The base model, if known."""
     task_type: str | None = None
     """PEFT's task type, such as ``SEQ_CLS`` or ``CAUSAL_LM``, if known."""
+    fan_in_fan_out: bool = False
+    """Whether the base keeps adapted weights as (in, out), as GPT-2's ``Conv1D`` does. The factors mean the same."""
 
     def __post_init__(self) -> None:
         odd = [name for name in (*self.updates, *self.modules_to_save) if not _is_plain(name)]

@@ -2,10 +2,10 @@
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,33 +13,48 @@ from torch import Tensor
 from flowra_compose.cat import cat
 from flowra_compose.low_rank import AdapterState, LowRankUpdate
 from flowra_compose.peft_files import read_adapter, write_adapter
+from flowra_compose.truncated_svd import truncated_svd
 
 __all__ = ["RULES", "MergeRule", "merge_adapters", "merge_folders"]
 
 
-class MergeRule(Protocol):
-    """Mathematics of a merge, over all modules at once, so that a rule may look across them."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MergeRule:
+    """The mathematics of a merge, and what it can be told beyond the weights."""
 
-    def __call__(
-        self, updates: Sequence[Mapping[str, LowRankUpdate]], weights: Sequence[float], /
-    ) -> dict[str, LowRankUpdate]:
-        """Merge one mapping per input, on products ΔW. Shapes, devices and weights have been checked."""
-        ...
+    merge: Callable[..., Mapping[str, LowRankUpdate]]
+    """Takes one mapping from module name to update per input, the weights, and its options by keyword. It gets all
+    modules at once, so that it may look across them, and works on products ΔW. Shapes, devices and weights have been
+    checked."""
+    options: tuple[str, ...] = ()
+    """The options of :func:`merge_adapters` that it takes; any other is refused."""
 
 
-RULES: Mapping[str, MergeRule] = MappingProxyType({"cat": cat})
+RULES: Mapping[str, MergeRule] = MappingProxyType({
+    "cat": MergeRule(merge=cat),
+    "truncated_svd": MergeRule(merge=truncated_svd, options=("rank", "energy")),
+})
 """Rules by name."""
 
 
 def merge_adapters(
-    adapters: Sequence[AdapterState], weights: Sequence[float], *, rule: str = "cat", heads_from: int | None = None
+    adapters: Sequence[AdapterState],
+    weights: Sequence[float],
+    *,
+    rule: str = "cat",
+    rank: int | Mapping[str, int] | None = None,
+    energy: float | None = None,
+    heads_from: int | None = None,
 ) -> AdapterState:
     """Merge adapters of one base into one adapter.
 
     Args:
         adapters: at least one. Ranks and target modules may differ; a module missing from one counts as ΔW = 0 there.
         weights: one finite number for each adapter, of any sign, for its ΔW. An adapter of weight 0 adds no update.
-        rule: a name in :data:`RULES`. ``cat`` is the exact weighted sum.
+        rule: a name in :data:`RULES`. ``cat`` is the exact weighted sum, ``truncated_svd`` its best approximation of a
+            lower rank, whose updates say what was lost (:class:`TruncatedUpdate`).
+        rank: largest rank, of all modules or by module name; for ``truncated_svd``.
+        energy: share of ‖ΔW‖_F² to keep, in (0, 1]; for ``truncated_svd``.
         heads_from: index of the adapter whose ``modules_to_save`` are kept. Modules trained in full are never mixed and
             know no weight: without this, those of all adapters that carry any must be equal bit by bit.
 
@@ -49,10 +64,11 @@ def merge_adapters(
 
     Raises:
         ValueError: if the inputs disagree on the base, the shape of a module, the device, the trained heads or the task
-            type, if weights, rule or ``heads_from`` are out of range, or if a merged factor does not fit its dtype.
+            type, if weights, rule, an option or ``heads_from`` are out of range, if the rule does not take an option,
+            or if a merged factor does not fit its dtype.
     """
     labels = [f"adapters[{index}]" for index in range(len(adapters))]
-    return _merge(adapters, weights, labels, rule, heads_from)
+    return _merge(adapters, weights, labels, rule, {"rank": rank, "energy": energy}, heads_from)
 
 
 def merge_folders(
@@ -61,6 +77,8 @@ def merge_folders(
     out: str | Path,
     *,
     rule: str = "cat",
+    rank: int | Mapping[str, int] | None = None,
+    energy: float | None = None,
     heads_from: int | None = None,
 ) -> AdapterState:
     """Read adapters in PEFT's format, merge them, and write the result. See :func:`merge_adapters`.
@@ -70,6 +88,8 @@ def merge_folders(
         weights: one for each folder.
         out: folder to write, none of the inputs. Nothing is written unless the whole merge succeeds.
         rule: as for :func:`merge_adapters`.
+        rank: as for :func:`merge_adapters`.
+        energy: as for :func:`merge_adapters`.
         heads_from: as for :func:`merge_adapters`.
 
     Returns:
@@ -82,7 +102,8 @@ def merge_folders(
     if Path(out).resolve() in {Path(folder).resolve() for folder in folders}:
         raise ValueError(f"out must be a folder of its own, got {out}, which is an input. Choose another.")
     adapters = [read_adapter(folder) for folder in folders]
-    merged = _merge(adapters, weights, [str(folder) for folder in folders], rule, heads_from)
+    labels = [str(folder) for folder in folders]
+    merged = _merge(adapters, weights, labels, rule, {"rank": rank, "energy": energy}, heads_from)
     write_adapter(merged, out)
     return merged
 
@@ -92,11 +113,14 @@ def _merge(
     weights: Sequence[float],
     labels: Sequence[str],
     rule: str,
+    options: Mapping[str, object],
     heads_from: int | None,
 ) -> AdapterState:
     if rule not in RULES:
         near = difflib.get_close_matches(rule, RULES, n=1, cutoff=0.0)
         raise ValueError(f"rule must be one of {sorted(RULES)}, got {rule!r}. Nearest: {near[0]!r}.")
+    given = {option: value for option, value in options.items() if value is not None}
+    _check_options(rule, given)
     if not adapters or len(weights) != len(adapters):
         raise ValueError(f"weights must be one for each adapter, at least one, got {len(weights)} for {len(adapters)}")
     infinite = [f"{weight} for {label}" for weight, label in zip(weights, labels, strict=True) if not _finite(weight)]
@@ -107,12 +131,20 @@ def _merge(
     bases = [one.base_model_name_or_path for one in adapters]
     task_types = [one.task_type for one in adapters]
     return AdapterState(
-        updates=RULES[rule]([one.updates for one in adapters], weights),
+        updates=RULES[rule].merge([one.updates for one in adapters], weights, **given),
         modules_to_save={} if source is None else adapters[source].modules_to_save,
         trained_modules=() if source is None else adapters[source].trained_modules,
         base_model_name_or_path=_agreed(bases, labels, "base_model_name_or_path"),
         task_type=_agreed(task_types, labels, "task_type") if source is None else task_types[source],
+        fan_in_fan_out=any(one.fan_in_fan_out for one in adapters),
     )
+
+
+def _check_options(rule: str, given: Mapping[str, object]) -> None:
+    for option, value in given.items():
+        if option not in RULES[rule].options:
+            takers = sorted(name for name, each in RULES.items() if option in each.options)
+            raise ValueError(f"{option} must be left out with the rule {rule!r}, got {value}. It is for {takers}.")
 
 
 def _finite(weight: float) -> bool:

@@ -40,7 +40,7 @@ PLAIN: Mapping[str, tuple[Any, ...]] = {
     "use_rslora": (True, False, None),
     "use_dora": OFF,
     "lora_bias": OFF,
-    "fan_in_fan_out": OFF,
+    "fan_in_fan_out": (True, False, None),
     "use_qalora": OFF,
     "use_bdlora": OFF,
     "layer_replication": OFF,
@@ -58,7 +58,8 @@ def read_adapter(folder: str | Path) -> AdapterState:
     """Read a LoRA adapter of linear layers in PEFT's format.
 
     The scaling of a module is alpha / r, or alpha / √r with rsLoRA, of its own rank and alpha: those of the first key
-    of ``rank_pattern`` and ``alpha_pattern`` that matches the end of its name, else the global ones.
+    of ``rank_pattern`` and ``alpha_pattern`` that matches the end of its name, else the global ones. With
+    ``fan_in_fan_out`` the base stores its weights transposed; A and B are stored as ever, and the note is passed on.
 
     Args:
         folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -80,6 +81,7 @@ def read_adapter(folder: str | Path) -> AdapterState:
             trained_modules=tuple(modules),
             base_model_name_or_path=config.get("base_model_name_or_path") or None,
             task_type=config.get("task_type") or None,
+            fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         )
     except ValueError as error:
         raise ValueError(f"{error}; in {folder}") from None
@@ -110,7 +112,7 @@ def write_adapter(state: AdapterState, folder: str | Path) -> None:
     config = {
         "base_model_name_or_path": state.base_model_name_or_path,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": state.fan_in_fan_out,
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": largest,
