@@ -5,7 +5,6 @@ schedule as JSON. The learning rate and the data order are functions of the step
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flowra_pipelines.errors import UserError
+from flowra_pipelines.whole_files import replacing
 
 __all__ = ["TrainingState", "read_training_state", "restore_moments", "write_training_state"]
 
@@ -84,16 +84,12 @@ def restore_moments(state: TrainingState, model: nn.Module, optimizer: Optimizer
 
 
 def write_training_state(state: TrainingState, folder: Path) -> None:
-    """Write ``training_state.safetensors`` and ``training_state.json``, each under a temporary name first."""
-    partial = folder / f"{NAME}.safetensors.partial"
-    save_file(dict(sorted(state.tensors.items())), partial)
-    os.replace(partial, folder / f"{NAME}.safetensors")
+    """Write ``training_state.safetensors`` and ``training_state.json``, both or none."""
     content = {key: value for key, value in asdict(state).items() if key != "tensors"}
-    partial = folder / f"{NAME}.json.partial"
-    partial.write_text(
-        json.dumps({"format_version": state.format_version, **content}, indent=1) + "\n", encoding="utf-8"
-    )
-    os.replace(partial, folder / f"{NAME}.json")
+    text = json.dumps({"format_version": state.format_version, **content}, indent=1) + "\n"
+    with replacing(folder / f"{NAME}.safetensors", folder / f"{NAME}.json") as (tensors_file, json_file):
+        save_file(dict(sorted(state.tensors.items())), tensors_file)
+        json_file.write_text(text, encoding="utf-8")
 
 
 def read_training_state(folder: Path) -> TrainingState:

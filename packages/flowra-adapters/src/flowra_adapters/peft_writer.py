@@ -7,7 +7,6 @@ mis-scale it. In both, modules of rank 0 are left out.
 """
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flowra_adapters.checkpoint import AdapterCheckpoint, checkpoint_of, own_copy
+from flowra_adapters.whole_files import replacing
 
 __all__ = ["CONFIG_NAME", "PREFIX", "TENSORS_NAME", "save_adapter", "write_checkpoint"]
 
@@ -50,7 +50,7 @@ def save_adapter(
 def write_checkpoint(checkpoint: AdapterCheckpoint, folder: str | Path, *, unit_scale: bool = False) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``; equal values give equal bytes.
 
-    Each file is written under a temporary name and renamed.
+    Both files are written under temporary names and then renamed.
 
     Args:
         checkpoint: what to write.
@@ -95,14 +95,11 @@ def write_checkpoint(checkpoint: AdapterCheckpoint, folder: str | Path, *, unit_
         "init_lora_weights": True,
     }
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{TENSORS_NAME}.partial"
-    save_file(dict(sorted(tensors.items())), partial, metadata={"format": "pt"})
-    os.replace(partial, folder / TENSORS_NAME)
-    partial = folder / f"{CONFIG_NAME}.partial"
     # Not sorted by json: the order inside the patterns has a meaning.
-    partial.write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, folder / CONFIG_NAME)
+    text = json.dumps(dict(sorted(config.items())), indent=2) + "\n"
+    with replacing(folder / TENSORS_NAME, folder / CONFIG_NAME) as (tensors_file, config_file):
+        save_file(dict(sorted(tensors.items())), tensors_file, metadata={"format": "pt"})
+        config_file.write_text(text, encoding="utf-8")
 
 
 def _integer_if_whole(value: float) -> float | int:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -12,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from flowra_allocation.knapsack import check_gains
 from flowra_allocation.sensitivity import sensitivity
 from flowra_allocation.solvers import SOLVERS
+from flowra_allocation.whole_files import replacing
 
 __all__ = ["ModulePlan", "RankPlan", "allocate", "mean_rank", "read_plan", "write_plan"]
 
@@ -185,13 +185,11 @@ def allocate(
 
 def write_plan(plan: RankPlan, folder: str | Path) -> Path:
     """Write ``plan.json`` into a folder under a temporary name, rename it, and return its path."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"format_version": plan.format_version, **asdict(plan)}
-    partial = folder / f"{PLAN_NAME}.partial"
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, folder / PLAN_NAME)
-    return folder / PLAN_NAME
+    path = Path(folder) / PLAN_NAME
+    text = json.dumps({"format_version": plan.format_version, **asdict(plan)}, indent=1, allow_nan=False) + "\n"
+    with replacing(path) as (file,):
+        file.write_text(text, encoding="utf-8")
+    return path
 
 
 def read_plan(folder: str | Path) -> RankPlan:

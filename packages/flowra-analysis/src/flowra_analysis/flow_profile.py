@@ -6,7 +6,6 @@ The JSON holds ``format_version``, ``base_parameters``, ``modules`` and ``proven
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from flowra_analysis.whole_files import replacing
 
 __all__ = ["FlowProfile", "ModuleProfile", "read_profile", "write_profile"]
 
@@ -114,13 +115,9 @@ def write_profile(profile: FlowProfile, folder: str | Path) -> None:
         for name, spectrum in by_module.items()
     }
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{TENSORS_NAME}.partial"
-    save_file(dict(sorted(tensors.items())), partial, metadata={"format": "pt"})
-    os.replace(partial, folder / TENSORS_NAME)
-    partial = folder / f"{JSON_NAME}.partial"
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, folder / JSON_NAME)
+    with replacing(folder / TENSORS_NAME, folder / JSON_NAME) as (tensors_file, json_file):
+        save_file(dict(sorted(tensors.items())), tensors_file, metadata={"format": "pt"})
+        json_file.write_text(text, encoding="utf-8")
 
 
 def read_profile(folder: str | Path) -> FlowProfile:

@@ -10,7 +10,6 @@ Source: key names and pattern matching as PEFT 0.21 writes and resolves them.
 import dataclasses
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Mapping
@@ -19,10 +18,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from flowra_compose.low_rank import AdapterState, LowRankUpdate
+from flowra_compose.whole_files import replacing
 
 __all__ = ["read_adapter", "write_adapter"]
 
@@ -127,12 +127,11 @@ def write_adapter(state: AdapterState, folder: str | Path) -> None:
         "use_dora": False,
         "use_rslora": False,
     }
-    contents = {
-        TENSORS_NAME: save(dict(sorted(tensors.items())), metadata={"format": "pt"}),
-        # Not sorted by json: the order within the patterns has a meaning.
-        CONFIG_NAME: (json.dumps(config, indent=2) + "\n").encode(),
-    }
-    _replace_files(Path(folder), contents)
+    tensors_file, config_file = Path(folder) / TENSORS_NAME, Path(folder) / CONFIG_NAME
+    text = json.dumps(config, indent=2) + "\n"  # not sorted by json: the order within the patterns has a meaning
+    with replacing(tensors_file, config_file) as (new_tensors, new_config):
+        save_file(dict(sorted(tensors.items())), new_tensors, metadata={"format": "pt"})
+        new_config.write_text(text, encoding="utf-8")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -264,16 +263,3 @@ def _pattern(ranks: Mapping[str, int], default: int) -> dict[str, int]:
     captured = [name for name in ranks if any(name.endswith(f".{other}") for other in special)]
     ordered = sorted({*special, *captured}, key=lambda name: (-len(name), name))
     return {re.escape(name): ranks[name] for name in ordered}
-
-
-def _replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    partials = {name: folder / f"{name}.partial" for name in contents}
-    try:
-        for name, partial in partials.items():
-            partial.write_bytes(contents[name])
-        for name, partial in partials.items():
-            os.replace(partial, folder / name)
-    finally:
-        for partial in partials.values():
-            partial.unlink(missing_ok=True)
