@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from flowra_pipelines.errors import UserError
+from flowra_pipelines import config_commands
+from flowra_pipelines.errors import explain
 
 __all__ = ["app", "main"]
 
@@ -22,6 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+app.add_typer(config_commands.app)
 
 Config = Annotated[Path, typer.Argument(help="YAML file of the run.", show_default=False)]
 Overrides = Annotated[
@@ -103,12 +106,55 @@ def evaluate(config: Config, overrides: Overrides = None, force: Force = False) 
     _stage("evaluate", config, overrides, force)
 
 
+@app.command()
+def targets(
+    model: Annotated[str, typer.Argument(help="Folder, package://NAME/path, or a Hub name.", show_default=False)],
+    task: Annotated[
+        str | None, typer.Option(help="Task of the run; by default what the model says it is for.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """List what in a model can be adapted, and what a unit of rank costs there; reads no weights."""
+    _quiet()
+    from flowra_pipelines.targets import show_targets
+
+    show_targets(model, task, as_json=as_json)
+
+
+@app.command()
+def ui(
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file of a run; by default runs/mlflow.db here.", show_default=False)
+    ] = None,
+    uri: Annotated[
+        str | None, typer.Option(help="Tracking URI, instead of the configuration's.", show_default=False)
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000,
+    browser: Annotated[
+        bool, typer.Option("--browser/--no-browser", help="On a terminal, open the page in a browser.")
+    ] = True,
+) -> None:
+    """Compare runs on MLflow's page, served on this machine until Ctrl-C."""
+    from flowra_pipelines.run_config import RunConfig, TrackingConfig, load_config
+    from flowra_pipelines.ui import show_ui
+
+    settings = None if config is None else load_config(config)
+    if uri is None:
+        here = Path(RunConfig.model_fields["output_root"].default).absolute()
+        uri = f"sqlite:///{here / 'mlflow.db'}" if settings is None else settings.tracking_uri
+    experiment = (TrackingConfig() if settings is None else settings.tracking).experiment
+    show_ui(uri=uri, experiment=experiment, port=port, browser=browser and sys.stdout.isatty())
+
+
 def main() -> None:
-    """Run the command line; a user's mistake is one line and exit code 2, never a traceback."""
+    """Run the command line; a user's mistake or a full disk is one line and exit code 2, never a traceback."""
     try:
         app()
-    except UserError as error:
-        typer.echo(f"flowra: {error}", err=True)
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            raise
+        typer.echo(f"flowra: {line}", err=True)
         raise SystemExit(2) from None
 
 

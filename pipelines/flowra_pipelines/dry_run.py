@@ -23,6 +23,8 @@ def show_plan(config: RunConfig) -> None:
     console.print(f"base: {config.model.path}, {layers.base_parameters:,} parameters")
     console.print(f"head: {', '.join(setting.task.heads(model)) or 'none'}, {layers.head_parameters:,} parameters")
     console.print(f"data: {len(setting.train):,} training and {len(setting.test):,} test examples")
+    if setting.data.label_summary:
+        console.print(f"labels: {setting.data.label_summary}")
     for reason, count in setting.data.left_out.items():
         console.print(f"  left out: {count:,} rows because {reason}")
     console.print(f"budget: {config.budget} = {layers.budget:,} adapter parameters")

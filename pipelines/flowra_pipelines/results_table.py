@@ -10,6 +10,7 @@ from rich.table import Table
 from flowra_pipelines.progress import console
 from flowra_pipelines.run_config import RunConfig
 from flowra_pipelines.stages.record import STAGES, read_record
+from flowra_pipelines.tasks import TASKS
 
 __all__ = ["results_as_markdown", "show_results"]
 
@@ -57,12 +58,12 @@ def _cells(config: RunConfig, metrics: dict[str, Any]) -> tuple[list[str], dict[
     """Return the headings, and the cells of each method."""
     evaluated = read_record(config.folder / "evaluate")
     times = {} if evaluated is None else evaluated.summary
-    classifies = any(row["accuracy"] for row in metrics["rows"].values())
-    headings = ["", *(["accuracy (95 % interval)"] if classifies else []), "loss", "parameters", "peak", "training"]
+    measures = TASKS[metrics["task"]].measures
+    headings = ["", *(measure.heading for measure in measures), "parameters", "peak", "training"]
     rows = {}
     for name, row in metrics["rows"].items():
-        accuracy = ["{value:.1%} ({low:.1%} – {high:.1%})".format(**row["accuracy"])] if classifies else []
+        cells = [measure.shown.format(**row[measure.key]) if row[measure.key] else "–" for measure in measures]
         counts = [f"{row['parameters']:,}", f"{row['peak_parameters']:,}"]
         time = f"{times.get(f'seconds {name}', '–')} s"
-        rows[name] = [row["title"], *accuracy, f"{row['loss']['value']:.4f}", *counts, time]
+        rows[name] = [row["title"], *cells, *counts, time]
     return headings, rows

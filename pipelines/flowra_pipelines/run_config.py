@@ -4,7 +4,8 @@ Imports no library package, so that ``--help`` stays fast; a test compares the d
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -16,6 +17,7 @@ from flowra_pipelines.errors import UserError
 
 __all__ = [
     "AdapterConfig",
+    "AllocationConfig",
     "CalibrationConfig",
     "DataConfig",
     "EvaluationConfig",
@@ -26,15 +28,22 @@ __all__ = [
     "TrackingConfig",
     "TrainingConfig",
     "load_config",
+    "read_content",
 ]
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
+# What pydantic says of Python, said of YAML.
+SAID_OF_YAML = {
+    "model_type": "must be a section of keys",
+    "tuple_type": "must be a list, such as [a, b]",
+    "invalid_key": "must be a word",
+}
+UNION = {"str", "int"}
 
 
 class Section(BaseModel):
     """A part of the configuration: frozen, and no key is ignored."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class ModelConfig(Section):
@@ -42,8 +51,8 @@ class ModelConfig(Section):
 
     path: str
     """Folder, ``package://NAME/path`` inside an installed package (nothing is imported), or a Hub name."""
-    task: Literal["sequence_classification", "causal_lm"] = "sequence_classification"
-    """What the model is trained for."""
+    task: Literal["sequence_classification", "regression", "causal_lm"] = "sequence_classification"
+    """What the model is trained for: a class or a number for each text or pair, or the next token."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen base. Adapters are float32."""
 
@@ -66,9 +75,9 @@ class DataConfig(Section):
     text_pair: str | None = None
     """Column with a second text, for pairs."""
     label: str = "label"
-    """Column with the label; not used for ``causal_lm``."""
+    """Column with the class or, for ``regression``, the number; not used for ``causal_lm``."""
     labels: tuple[str, ...] | None = None
-    """Labels to keep, in the order of their ids; rows with others are left out and counted. By default all, sorted."""
+    """Classes to keep, in the order of their ids; rows with others are left out and counted. By default all, sorted."""
     drop_duplicates: bool = True
     """Leave out rows whose text has been seen; counted."""
     max_length: Annotated[int, Field(ge=2)] = 128
@@ -128,6 +137,14 @@ class CalibrationConfig(Section):
     """Examples per batch of statistics; standard errors come from the batches."""
 
 
+class AllocationConfig(Section):
+    """How the budget is spent."""
+
+    solver: Literal["greedy", "exact"] = "greedy"
+    """``greedy`` takes the unit of rank with the largest gain per parameter, again and again; ``exact`` finds the
+    optimum, which is larger by at most one unit's gain, and not at all where costs are equal."""
+
+
 class RefinementConfig(Section):
     """When rank moves between modules."""
 
@@ -158,7 +175,13 @@ class MergeConfig(Section):
     """What the trained adapter is merged with, and how strictly the result is checked."""
 
     extra: tuple[ExtraAdapter, ...] = ()
-    """More adapters on the same base; their updates are added exactly."""
+    """More adapters on the same base, to be merged with the trained one."""
+    rule: Literal["cat", "truncated_svd"] = "cat"
+    """``cat`` adds the updates exactly; ``truncated_svd`` keeps the leading directions of each module's sum."""
+    rank: Annotated[int, Field(ge=1)] | None = None
+    """Largest rank of a module; for ``truncated_svd``."""
+    energy: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of each module's squared norm to keep; for ``truncated_svd``."""
     tolerance: Annotated[float, Field(gt=0)] = 1e-4
     """Largest allowed difference between merged and unmerged logits, relative to the largest logit."""
     save_model: bool = True
@@ -171,7 +194,7 @@ class EvaluationConfig(Section):
     baselines: tuple[Literal["base", "uniform"], ...] = ("base", "uniform")
     """``base``: frozen base, trained head. ``uniform``: LoRA at the largest uniform rank that fits the budget."""
     uniform_targets: tuple[str, ...] | None = None
-    """Layers of the uniform baseline; by default the query and value projections."""
+    """Layers of the uniform baseline: names, patterns, or ``q``, ``k``, ``v``, ``o``; by default query and value."""
     batch_size: Annotated[int, Field(ge=1)] = 64
     """Examples per batch."""
     significance: Annotated[float, Field(gt=0, lt=1)] = 0.05
@@ -197,7 +220,8 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Of initialisation, dropout and data order."""
     budget: str | int = "0.1%"
-    """Adapter parameters: a percentage of the base's (``0.1%``) or a number. Heads are outside."""
+    """Adapter parameters, heads not counted: a percentage of the base's (``0.1%``), a number (``22713``, ``300k``), a
+    size in float32 (``2MB``), or ``like r=8 on q,v``."""
     sensitivity_threshold: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """η: modules with ψ below it get no rank. 0 switches it off."""
     model: ModelConfig
@@ -205,6 +229,7 @@ class RunConfig(Section):
     adapter: AdapterConfig = AdapterConfig()
     training: TrainingConfig = TrainingConfig()
     calibration: CalibrationConfig = CalibrationConfig()
+    allocation: AllocationConfig = AllocationConfig()
     refinement: RefinementConfig = RefinementConfig()
     merge: MergeConfig = MergeConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -225,6 +250,13 @@ class RunConfig(Section):
             raise ValueError("data.test_split has no effect without data.test")
         if self.data.test is not None and "test_fraction" in self.data.model_fields_set:
             raise ValueError("data.test_fraction has no effect with data.test")
+        shaping = [name for name in ("rank", "energy") if getattr(self.merge, name) is not None]
+        if self.merge.rule == "cat" and shaping:
+            raise ValueError(f"merge.{shaping[0]} has no effect with merge.rule cat; set merge.rule: truncated_svd")
+        if self.merge.rule == "truncated_svd" and not shaping:
+            raise ValueError("merge.rank or merge.energy must be given with merge.rule truncated_svd")
+        if self.model.task == "regression" and "labels" in self.data.model_fields_set:
+            raise ValueError("data.labels has no effect with regression: labels are numbers")
         if self.model.task == "causal_lm" and {"label", "labels", "text_pair"} & self.data.model_fields_set:
             raise ValueError("data.label, data.labels and data.text_pair have no effect with causal_lm")
         return self
@@ -269,27 +301,54 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         UserError: if the file is unreadable, a key is unknown (the nearest name is given) or a value is out of range.
             All problems are reported at once.
     """
-    where = "the configuration"
-    content: Any
+    where = "the configuration" if isinstance(source, Mapping) else str(source)
+    try:
+        return RunConfig.model_validate(read_content(source, overrides))
+    except ValidationError as error:
+        lines = dict.fromkeys(_explain(dict(problem)) for problem in error.errors())
+        raise UserError("; ".join(lines) + f"; in {where}") from None
+
+
+def read_content(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read what a configuration gives, overrides applied; nothing is checked but that it is a mapping.
+
+    Returns:
+        The keys that are given, and no others.
+
+    Raises:
+        UserError: if the file is unreadable, is not YAML, gives a key twice, or an override cannot be applied.
+    """
+    content: object
     if isinstance(source, Mapping):
-        content = {key: value for key, value in source.items()}  # noqa: C416 - a shallow copy of any mapping
+        content = dict(source)
     else:
-        where = str(source)
         try:
-            content = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
+            content = yaml.load(Path(source).read_text(encoding="utf-8"), Loader=_UniqueKeys)
         except OSError as error:
             raise UserError(f"configuration must be a readable file, got {source}: {error.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"configuration must be YAML, got {' '.join(str(error).split())}; in {source}") from None
+        except (yaml.YAMLError, ValueError) as error:
+            problem = " ".join(str(error).split()).replace('in "<unicode string>", ', "at ")
+            raise UserError(f"configuration must be YAML, got {problem}; in {source}") from None
     if not isinstance(content, dict):
-        raise UserError(f"configuration must be a mapping of sections, got {type(content).__name__}; in {where}")
+        raise UserError(f"configuration must be a mapping of sections, got {type(content).__name__}; in {source}")
     for override in overrides:
         content = _override(content, override)
-    try:
-        return RunConfig.model_validate(content)
-    except ValidationError as error:
-        lines = [_explain(dict(problem)) for problem in error.errors()]
-        raise UserError("; ".join(lines) + f"; in {where}") from None
+    return content
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key given twice is an error, not the last of the two."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Build a mapping after a look at its keys."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key that is no word", problem_mark=key.start_mark)
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def _override(content: dict[str, Any], override: str) -> dict[str, Any]:
@@ -324,10 +383,14 @@ def _explain(problem: dict[str, Any]) -> str:
         return f"{key} must be a known key; nearest: {near[0] if near else 'none'}; known here: {', '.join(known)}"
     if problem["type"] == "missing":
         return f"{key} must be given"
-    message = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "value_error":
-        return message
-    return f"{key}: {message[0].lower()}{message[1:]}, got {problem['input']!r}"
+        return str(problem["msg"]).removeprefix("Value error, ")
+    given = repr(problem["input"])
+    given = given if len(given) <= 80 else f"{given[:77]}..."
+    if location[-1] in UNION:  # pydantic reports each part of a union on its own
+        return f"{key.rpartition('.')[0]} must be text or a whole number, got {given}"
+    message = SAID_OF_YAML.get(problem["type"]) or re.sub(r"^\w+ should ", "must ", str(problem["msg"]))
+    return f"{key} {message}, got {given}"
 
 
 def _fields_at(location: list[str]) -> list[str]:

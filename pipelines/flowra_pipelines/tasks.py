@@ -1,13 +1,13 @@
-"""What differs between kinds of tasks: the model class, a batch, the loss of one example, and what is reported."""
+"""What differs between kinds of tasks: model class, head, batch, loss of one example, and measures of success."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -18,25 +18,15 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from flowra_pipelines.data import LabelKind, TextData
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.run_config import ModelConfig
 from flowra_pipelines.sources import resolve
+from flowra_pipelines.statistics import ACCURACY, LANGUAGE_LOSS, LOSS, R_SQUARED, SPEARMAN, SQUARED_ERROR, Measure
 
-__all__ = ["TASKS", "CausalLM", "Scores", "SequenceClassification", "Task", "load_model", "load_tokenizer"]
+__all__ = ["TASKS", "CausalLM", "Regression", "SequenceClassification", "Task", "load_model", "load_tokenizer"]
 
 Batch = dict[str, Tensor]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Scores:
-    """Test results, example by example."""
-
-    loss: Tensor
-    """Sum of the loss over an example's targets, ``(N,)``, in nats."""
-    targets: Tensor
-    """Number of targets of each example, ``(N,)``: 1, or its tokens."""
-    correct: Tensor | None
-    """Whether each example was classified correctly, ``(N,)`` bool; None for language models."""
 
 
 class Task(Protocol):
@@ -44,10 +34,18 @@ class Task(Protocol):
 
     peft_type: str
     """PEFT's name for it."""
-    labelled: bool
-    """Whether examples carry a class."""
+    label: LabelKind | None
+    """What the label column holds; None if there is none."""
     model_class: Any
     """One of transformers' Auto classes."""
+    measures: Sequence[Measure]
+    """How good a model is, in the order of the table. The first is what verdicts and the paired test are about."""
+
+    def options(self, data: TextData) -> dict[str, Any]:
+        """Return what the model's configuration must say."""
+
+    def start_head(self, model: PreTrainedModel, data: TextData) -> None:
+        """Give a new head the values from which training starts, beyond the model's own initialisation."""
 
     def heads(self, model: nn.Module) -> list[str]:
         """Name the modules that are new and trained in full; they are outside the budget."""
@@ -56,19 +54,33 @@ class Task(Protocol):
         """Pad examples to one batch, ``labels`` included."""
 
     def losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return each example's loss (a sum over its targets), its number of targets, and whether it is correct."""
+        """Return each example's loss (a sum over its targets), its number of targets, and its answer.
+
+        The answer is whether the example is correct, the number predicted, or None.
+        """
 
 
 class SequenceClassification:
     """One class for each text or pair."""
 
     peft_type = "SEQ_CLS"
-    labelled = True
+    label: LabelKind | None = "class"
     model_class = AutoModelForSequenceClassification
+    measures: Sequence[Measure] = (ACCURACY, LOSS)
+
+    def options(self, data: TextData) -> dict[str, Any]:
+        """Name the classes."""
+        return {
+            "id2label": dict(enumerate(data.labels)),
+            "label2id": {label: index for index, label in enumerate(data.labels)},
+        }
+
+    def start_head(self, model: PreTrainedModel, data: TextData) -> None:
+        """Leave the head as it is."""
 
     def heads(self, model: nn.Module) -> list[str]:
         """Name the classification head."""
-        return [name for name, _ in model.named_children() if name in ("classifier", "score")]
+        return _new_heads(model)
 
     def collate(self, rows: Sequence[Mapping[str, Any]], padding: Mapping[str, int]) -> Batch:
         """Pad to the longest text of the batch."""
@@ -84,12 +96,63 @@ class SequenceClassification:
         return loss, torch.ones_like(labels), logits.argmax(-1) == labels
 
 
+class Regression:
+    """One number for each text or pair; the loss is the squared error.
+
+    A new head starts at the mean of the training labels: its bias is that mean. Otherwise the first steps would go into
+    the offset. The head predicts in the labels' own unit, always; nothing is standardised. Heads without a bias
+    (``score`` of decoders) start near 0.
+    """
+
+    peft_type = "SEQ_CLS"
+    label: LabelKind | None = "number"
+    model_class = AutoModelForSequenceClassification
+    measures: Sequence[Measure] = (SQUARED_ERROR, R_SQUARED, SPEARMAN)
+
+    def options(self, data: TextData) -> dict[str, Any]:
+        """One output, which transformers takes for a number."""
+        return {"num_labels": 1, "problem_type": "regression"}
+
+    def start_head(self, model: PreTrainedModel, data: TextData) -> None:
+        """Set the bias of the last layer to the mean of the training labels."""
+        assert data.numbers is not None
+        layers = [layer for name in self.heads(model) for layer in model.get_submodule(name).modules()]
+        for layer in layers:
+            if isinstance(layer, nn.Linear) and layer.out_features == 1 and layer.bias is not None:
+                nn.init.constant_(layer.bias, data.numbers.mean)
+
+    def heads(self, model: nn.Module) -> list[str]:
+        """Name the head."""
+        return _new_heads(model)
+
+    def collate(self, rows: Sequence[Mapping[str, Any]], padding: Mapping[str, int]) -> Batch:
+        """Pad to the longest text of the batch; labels are float32."""
+        batch = _pad(rows, padding)
+        batch["labels"] = torch.tensor([row["labels"] for row in rows], dtype=torch.float32)
+        return batch
+
+    def losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Squared error of each example, and the number predicted."""
+        labels = batch["labels"]
+        logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits.float()
+        predicted = logits.squeeze(-1)
+        return (predicted - labels).square(), torch.ones_like(labels, dtype=torch.long), predicted
+
+
 class CausalLM:
     """Predict the next token."""
 
     peft_type = "CAUSAL_LM"
-    labelled = False
+    label: LabelKind | None = None
     model_class = AutoModelForCausalLM
+    measures: Sequence[Measure] = (LANGUAGE_LOSS,)
+
+    def options(self, data: TextData) -> dict[str, Any]:
+        """Leave the model's configuration as it is."""
+        return {}
+
+    def start_head(self, model: PreTrainedModel, data: TextData) -> None:
+        """Leave the head as it is."""
 
     def heads(self, model: nn.Module) -> list[str]:
         """A language model brings its head."""
@@ -110,11 +173,15 @@ class CausalLM:
         return loss.view(labels.shape).sum(1), (labels != -100).sum(1), None
 
 
-TASKS: Mapping[str, Task] = {"sequence_classification": SequenceClassification(), "causal_lm": CausalLM()}
+TASKS: Mapping[str, Task] = {
+    "sequence_classification": SequenceClassification(),
+    "regression": Regression(),
+    "causal_lm": CausalLM(),
+}
 
 
-def load_model(config: ModelConfig, *, labels: Sequence[str], seed: int) -> PreTrainedModel:
-    """Load a model for its task; a new head is initialised from the seed.
+def load_model(config: ModelConfig, *, data: TextData, seed: int) -> PreTrainedModel:
+    """Load a model for its task; a new head is initialised from the seed, and where the task says so from the labels.
 
     Returns:
         The model, on the CPU.
@@ -122,21 +189,24 @@ def load_model(config: ModelConfig, *, labels: Sequence[str], seed: int) -> PreT
     Raises:
         UserError: if the folder holds no loadable model.
     """
-    path = resolve(config.path)
-    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
-    if labels:
-        options["id2label"] = dict(enumerate(labels))
-        options["label2id"] = {label: index for index, label in enumerate(labels)}
+    path, task = resolve(config.path), TASKS[config.task]
     _require_weights(path)
     with torch.random.fork_rng(devices=[]), _without_load_report():
         torch.manual_seed(seed)
         try:
-            model = TASKS[config.task].model_class.from_pretrained(
-                str(path or config.path), local_files_only=path is not None, use_safetensors=True, **options
+            model, report = task.model_class.from_pretrained(
+                str(path or config.path),
+                local_files_only=path is not None,
+                use_safetensors=True,
+                output_loading_info=True,
+                dtype=getattr(torch, config.dtype),
+                **task.options(data),
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"model must load as {config.task}, got {_first_line(error)}; from {config.path}") from None
     assert isinstance(model, PreTrainedModel)
+    if any(key.startswith(f"{head}.") for head in task.heads(model) for key in report["missing_keys"]):
+        task.start_head(model, data)  # a head that the checkpoint brings stays as it is
     if model.config.pad_token_id is None and model.config.eos_token_id is not None:
         eos = model.config.eos_token_id
         model.config.pad_token_id = eos[0] if isinstance(eos, list) else eos
@@ -172,6 +242,11 @@ def _without_load_report() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+def _new_heads(model: nn.Module) -> list[str]:
+    """Name what transformers puts on an encoder or decoder to classify or to regress."""
+    return [name for name, _ in model.named_children() if name in ("classifier", "score")]
 
 
 def _require_weights(path: Path | None) -> None:

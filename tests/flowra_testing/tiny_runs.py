@@ -87,6 +87,22 @@ def write_reviews(path: Path, *, rows: int = 240, seed: int = 0) -> Path:
     return path
 
 
+def write_scores(path: Path, *, rows: int = 240, seed: int = 0, unit: float = 1.0, zero: float = 3.0) -> Path:
+    """Write texts with a number that their words decide: one ``unit`` for each good word more than bad ones."""
+    rng = random.Random(seed)
+    written = []
+    for _ in range(rows):
+        good = rng.randrange(4)
+        words = [*rng.choices(FILLER, k=5), *rng.choices(GOOD, k=good), *rng.choices(BAD, k=3 - good)]
+        rng.shuffle(words)
+        written.append((zero + unit * (2 * good - 3 + rng.gauss(0, 0.3)), " ".join(words)))
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["score", "text"])
+        writer.writerows(written)
+    return path
+
+
 def tiny_config(folder: Path, **changes: Any) -> dict[str, Any]:  # noqa: ANN401 - sections of a YAML file
     """Return a classification run of 40 steps in a folder, its model and data written there."""
     if not (folder / "bert").exists():
@@ -112,4 +128,16 @@ def tiny_language_config(folder: Path) -> dict[str, Any]:
         write_reviews(folder / "reviews.csv")
     config = tiny_config(folder, name="language", model={"path": str(folder / "llama"), "task": "causal_lm"})
     config["data"] = {"train": str(folder / "reviews.csv")}
+    return config
+
+
+def tiny_regression_config(folder: Path, *, unit: float = 1.0, zero: float = 3.0) -> dict[str, Any]:
+    """Return a regression run of 80 steps in a folder; its numbers lie around ``zero``, in steps of ``unit``."""
+    config = tiny_config(folder, name="regression", model={"path": str(folder / "bert"), "task": "regression"})
+    config["data"] = {
+        "train": str(write_scores(folder / "scores.csv", unit=unit, zero=zero)),
+        "label": "score",
+        "test_fraction": 0.3,
+    }
+    config["training"] = {"steps": 80, "batch_size": 8, "learning_rate": 0.02}
     return config

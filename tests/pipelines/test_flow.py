@@ -14,7 +14,10 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from prefect.logging import disable_run_logger
 
+from flowra_pipelines.errors import UserError
+from flowra_pipelines.flows.fine_tuning import fine_tuning
 from flowra_pipelines.stages.record import STAGES
 from flowra_testing.tiny_runs import tiny_config, tiny_language_config
 
@@ -61,7 +64,7 @@ def test_it_shows_progress_the_table_the_verdict_and_where_things_are(finished: 
     ):
         assert words in shown
     assert f"Artifacts: {folder / 'runs' / 'tiny'}" in shown
-    assert f"-m mlflow ui --backend-store-uri sqlite:///{folder / 'runs' / 'mlflow.db'}" in shown
+    assert f"-m flowra_pipelines.cli ui --uri sqlite:///{folder / 'runs' / 'mlflow.db'}" in shown
     assert "Traceback" not in shown
 
 
@@ -121,6 +124,15 @@ def test_a_mistake_inside_the_flow_is_one_line(finished: tuple[Path, str]) -> No
     assert failed.returncode == 2
     assert "flowra: patterns must match at least one module, got 'qurey'" in failed.stderr
     assert "Traceback" not in failed.stderr + failed.stdout
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_line_of_the_flow(tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    with (
+        disable_run_logger(),
+        pytest.raises(UserError, match=r"folder must be one that can be written to, got .*taken"),
+    ):
+        fine_tuning.fn(tiny_config(tmp_path), (f"output_root={tmp_path / 'taken'}",))
 
 
 @pytest.mark.slow

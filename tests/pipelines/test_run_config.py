@@ -3,11 +3,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from flowra_adapters import attach
 from flowra_allocation import RefinementSchedule, allocate
 from flowra_pipelines.errors import UserError
-from flowra_pipelines.run_config import AdapterConfig, RefinementConfig, RunConfig, load_config
+from flowra_pipelines.run_config import AdapterConfig, RefinementConfig, RunConfig, load_config, read_content
 
 MINIMAL: dict[str, Any] = {"name": "one", "model": {"path": "m"}, "data": {"train": "d.csv"}}
 
@@ -16,7 +17,7 @@ def test_every_choice_is_a_word_that_yaml_reads_as_text() -> None:
     for key, choices in {
         "refinement.policy": ("breathe", "none"),
         "training.schedule": ("linear", "cosine", "constant"),
-        "model.task": ("sequence_classification", "causal_lm"),
+        "model.task": ("sequence_classification", "regression", "causal_lm"),
     }.items():
         for choice in choices:
             section, name = key.split(".")
@@ -40,8 +41,9 @@ def test_defaults_are_those_of_the_packages() -> None:
     assert inspect.signature(allocate).parameters["sensitivity_threshold"].default == (
         RunConfig.model_fields["sensitivity_threshold"].default
     )
-    for function in (attach, allocate):
-        assert inspect.signature(function).parameters["scaling"].default == AdapterConfig().scaling
+    assert inspect.signature(allocate).parameters["scaling"].default == AdapterConfig().scaling
+    (attached,) = attach(nn.Sequential(nn.Linear(2, 2)), {"0": 1}).values()
+    assert attached.scaling == AdapterConfig().scaling
 
 
 @pytest.mark.parametrize(
@@ -49,15 +51,24 @@ def test_defaults_are_those_of_the_packages() -> None:
     [
         ("trainig.steps=5", r"trainig must be a known key; nearest: training"),
         ("training.stepz=5", r"training\.stepz must be a known key; nearest: steps; known here: steps, batch_size"),
-        ("training.steps=three", r"training\.steps: input should be a valid integer.*got 'three'"),
-        ("training.steps=1", r"training\.steps: input should be greater than or equal to 10, got 1"),
+        ("training.steps=three", r"training\.steps must be a valid integer.*got 'three'"),
+        ("training.steps=1", r"training\.steps must be greater than or equal to 10, got 1"),
         ("calibration.probe_fraction=0.5", r"phases must follow one another, got probe to step 100, train to 80"),
         ("refinement.events=1000", r"refinement\.events must be at most 60, got 1000"),
         ("data.test_split=dev", r"data\.test_split has no effect without data\.test"),
-        ("name=../up", r"name: string should match pattern"),
+        ("name=../up", r"name must match pattern"),
         ("training", r"override must be key=value, got 'training'"),
         ("name.x=1", r"override must name a section, got 'name\.x': 'name' is a value"),
         ("merge.extra=[{path: a, wieght: 1}]", r"wieght must be a known key; nearest: weight"),
+        ("training=", r"training must be a section of keys, got None"),
+        ("training=fast", r"training must be a section of keys, got 'fast'"),
+        ("evaluation.baselines=base", r"evaluation\.baselines must be a list, such as \[a, b\], got 'base'"),
+        ("budget=0.001", r"^budget must be text or a whole number, got 0\.001; in the configuration$"),
+        ("training.learning_rate=.inf", r"training\.learning_rate must be a finite number, got inf"),
+        ("training.schedule=liner", r"training\.schedule must be 'linear', 'cosine' or 'constant', got 'liner'"),
+        (f"seed={'x' * 500}", r"seed must be a valid integer.*got 'x{76}\.\.\.; in"),
+        ("1=2", r"1 must be a known key; nearest: \w+; known here: name, "),
+        ("model.task=regresion", r"model\.task must be 'sequence_classification', 'regression' or 'causal_lm', got"),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(override: str, message: str) -> None:
@@ -70,12 +81,15 @@ def test_options_without_effect_are_refused() -> None:
     language = {**MINIMAL, "model": {"path": "m", "task": "causal_lm"}}
     with pytest.raises(UserError, match="have no effect with causal_lm"):
         load_config(language, ["data.label=category"])
+    number = {**MINIMAL, "model": {"path": "m", "task": "regression"}}
+    with pytest.raises(UserError, match=r"data\.labels has no effect with regression: labels are numbers"):
+        load_config(number, ["data.labels=[a, b]"])
     with pytest.raises(UserError, match=r"data\.test_fraction has no effect with data\.test"):
         load_config(MINIMAL, ["data.test=t.csv", "data.test_fraction=0.5"])
 
 
 def test_all_mistakes_are_reported_at_once() -> None:
-    with pytest.raises(UserError, match=r"seed: .*; .*batch_size: ") as caught:
+    with pytest.raises(UserError, match=r"seed must .*; .*batch_size must ") as caught:
         load_config(MINIMAL, ["seed=-1", "training.batch_size=0"])
     assert "the configuration" in str(caught.value)
 
@@ -91,22 +105,34 @@ def test_a_file_that_is_not_a_mapping_or_not_there_is_refused(tmp_path: Path) ->
         load_config(tmp_path / "bad.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\nname: b\n", "got the key 'name' twice at line 2, column 1"),
+        ("name: a\ndata: {train: a, train: b}\n", "got the key 'train' twice at line 2, column 18"),
+        ("? [1, 2]\n: 3\n", "got a key that is no word at line 1"),
+        ("\tname: a\n", "cannot start any token"),
+        ("a: !!python/object:os.system x\n", "could not determine a constructor"),
+    ],
+)
+def test_yaml_that_could_be_misread_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(UserError, match=f"configuration must be YAML, .*{message}") as caught:
+        load_config(tmp_path / "bad.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_file_gives_is_read_without_defaults(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("name: a\ntraining: {steps: 100}\n")
+    assert read_content(tmp_path / "run.yaml", ["training.warmup=0.2"]) == {
+        "name": "a",
+        "training": {"steps": 100, "warmup": 0.2},
+    }
+
+
 def test_overrides_win_over_the_file_and_leave_the_rest(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("name: a\nmodel: {path: m}\ndata: {train: d.csv}\ntraining: {steps: 100}\n")
     config = load_config(tmp_path / "run.yaml", ["training.batch_size=4", "budget=0.5%", "adapter.targets=[query]"])
     assert (config.training.steps, config.training.batch_size) == (100, 4)
     assert config.budget == "0.5%"
     assert config.adapter.targets == ("query",)
-
-
-def test_every_field_is_documented() -> None:
-    def fields(section: type[Any], prefix: str = "") -> list[str]:
-        missing = []
-        for name, field in section.model_fields.items():
-            if hasattr(field.annotation, "model_fields"):
-                missing += fields(field.annotation, f"{prefix}{name}.")
-            elif not field.description:
-                missing.append(prefix + name)
-        return missing
-
-    assert fields(RunConfig) == []

@@ -5,6 +5,7 @@ again is decided by the content of what it reads (``stages/record.py``), not by 
 files nor helper functions.
 """
 
+from pathlib import Path
 from typing import Any
 
 from prefect import flow, get_run_logger, task
@@ -12,23 +13,29 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run, task_run
 
-from flowra_pipelines.results_table import results_as_markdown
+from flowra_pipelines.errors import UserError, explain
 from flowra_pipelines.run_config import RunConfig, load_config
-from flowra_pipelines.stages.record import STAGES
-from flowra_pipelines.stages.table import run_tracked
-from flowra_pipelines.tracking import Tracker
 
 __all__ = ["fine_tuning"]
 
+# Heavy imports happen inside, so that `prefect deploy`, which reads the signature, is quick. Prefect stores the
+# exception of a failed run even where results are not persisted, and as a pickle unless a serializer is named.
 
-@task(cache_policy=NO_CACHE, persist_result=False)
+
+@task(cache_policy=NO_CACHE, persist_result=False, result_serializer="json")
 def stage_task(name: str, config: dict[str, Any], parent_run_id: str, force: bool) -> dict[str, Any]:
     """Run one stage; returns where its artifacts lie and which tracking run made them."""
+    from flowra_pipelines.stages.table import run_tracked
+    from flowra_pipelines.tracking import Tracker
+
     settings: RunConfig = load_config(config)
     tracker = Tracker(settings, parent_run_id=parent_run_id)
     tags = {"prefect.flow_run_id": str(flow_run.id), "prefect.task_run_id": str(task_run.id)}
     record = run_tracked(name, settings, tracker, force=force, tags=tags)
     get_run_logger().info("%s: %.1f s", name, record.seconds)
+    for key, line in record.summary.items():
+        if not key.startswith("seconds"):
+            get_run_logger().info("%s: %s", key, line)
     return {
         "stage": name,
         "folder": str(settings.folder / name),
@@ -37,22 +44,42 @@ def stage_task(name: str, config: dict[str, Any], parent_run_id: str, force: boo
     }
 
 
-@flow(name="fine-tuning", persist_result=False)
-def fine_tuning(config: dict[str, Any], force: bool = False) -> list[dict[str, Any]]:
+@flow(name="fine-tuning", persist_result=False, result_serializer="json")
+def fine_tuning(
+    config: str | dict[str, Any], overrides: tuple[str, ...] = (), force: bool = False
+) -> list[dict[str, Any]]:
     """Calibrate, allocate, train, refine, merge, evaluate.
 
     Args:
-        config: a run configuration, as in its YAML file.
+        config: path of a run's YAML file, or its content. Relative paths, also those inside it, start at the working
+            directory: for a deployment, the folder in which it was deployed.
+        overrides: keys to change, such as ``training.steps=400``.
         force: run every stage even if its artifacts are up to date.
 
     Returns:
         For each stage its folder, tracking run and time.
+
+    Raises:
+        UserError: for what the user or the machine's owner can put right; its line is the message of the failed run.
     """
-    settings = load_config(config)
-    with Tracker(settings) as tracker:
-        done = [
-            stage_task.with_options(name=name, task_run_name=name)(name, config, tracker.parent_run_id, force)
-            for name in STAGES
-        ]
+    get_run_logger().info("Working directory: %s", Path.cwd())
+    settings = load_config(config, overrides)
+    content = settings.model_dump(mode="json", exclude_unset=True)
+
+    from flowra_pipelines.results_table import results_as_markdown
+    from flowra_pipelines.stages.record import STAGES
+    from flowra_pipelines.tracking import Tracker
+
+    try:
+        with Tracker(settings) as tracker:
+            done = [
+                stage_task.with_options(name=name, task_run_name=name)(name, content, tracker.parent_run_id, force)
+                for name in STAGES
+            ]
+    except Exception as error:
+        line = explain(error)
+        if line is None or isinstance(error, UserError):
+            raise
+        raise UserError(line) from error
     create_markdown_artifact(results_as_markdown(settings), key="comparison", description=f"Results of {settings.name}")
     return done

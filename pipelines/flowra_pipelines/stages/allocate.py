@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from flowra_allocation import allocate as solve
-from flowra_allocation import parse_budget, write_plan
+from flowra_allocation import write_plan
 from flowra_analysis import read_profile
 from flowra_pipelines import plots
 from flowra_pipelines.errors import UserError
@@ -23,10 +23,13 @@ def allocate(config: RunConfig, folder: Path) -> StageResult:
         plan = solve(
             {name: each.tolist() for name, each in gains.items()},
             {name: module.cost_per_rank for name, module in profile.modules.items()},
-            budget=parse_budget(config.budget, base_parameters=profile.base_parameters),
+            budget=int(profile.provenance["budget_parameters"]),
             sensitivity_threshold=config.sensitivity_threshold,
             scaling=config.adapter.scaling,
+            solver=config.allocation.solver,
         )
+    except KeyError as error:
+        raise UserError(f"profile must say {error} in its provenance, got none. Rerun calibrate.") from None
     except ValueError as error:
         raise UserError(str(error)) from None
     write_plan(plan, folder)

@@ -185,6 +185,7 @@ def _profile(
             "seed": config.seed,
             "examples": sum(len(batch["input_ids"]) for batch in batches),
             "probe_steps": config.probe_steps,
+            "budget_parameters": layers.budget,
             "estimators": "bottleneck Grams of the probe; empirical Fisher trace at the probe; weight spectrum",
         },
     )

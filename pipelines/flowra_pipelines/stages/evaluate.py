@@ -5,14 +5,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from flowra_adapters import attach, load_adapter, match_modules
-from flowra_pipelines.errors import UserError
+from flowra_adapters import attach, load_adapter
 from flowra_pipelines.progress import meter
 from flowra_pipelines.run_config import RunConfig
 from flowra_pipelines.stages.record import StageResult, read_record
@@ -21,12 +21,11 @@ from flowra_pipelines.stages.setting import (
     base_model,
     load_setting,
     lora_layers,
-    query_and_value,
     shape_of,
     survey,
+    uniform_layers,
 )
-from flowra_pipelines.statistics import Interval, accuracy, concatenate, mean_loss, paired_p_value
-from flowra_pipelines.tasks import Scores
+from flowra_pipelines.statistics import Interval, Measure, Scores, concatenate
 from flowra_pipelines.training import build_optimizer, train_phase
 from flowra_pipelines.training_state import read_training_state
 
@@ -39,10 +38,8 @@ class Row:
 
     title: str
     """What was trained."""
-    accuracy: Interval | None
-    """With its 95 % interval; None for language models."""
-    loss: Interval
-    """Held-out loss in nats per target."""
+    measures: dict[str, Interval | None]
+    """The task's measures by key, each with its 95 % interval; None where one is not defined."""
     parameters: int
     """Final adapter parameters; heads are not counted."""
     peak_parameters: int
@@ -64,26 +61,28 @@ def evaluate(config: RunConfig, folder: Path) -> StageResult:
         else:
             rows[name], scores[name] = made
     rows["flowra"], scores["flowra"] = _flowra(config, setting, folder.parent)
-    p_values = {name: paired_p_value(scores["flowra"], scores[name]) for name in scores if name != "flowra"}
-    verdicts = [_verdict(name, rows, p_value, config.evaluation.significance) for name, p_value in p_values.items()]
+    first = setting.task.measures[0]
+    assert first.p_value is not None
+    p_values = {name: first.p_value(scores["flowra"], scores[name]) for name in scores if name != "flowra"}
+    level = config.evaluation.significance
+    verdicts = [_verdict(first, rows[name], rows["flowra"], p_value, level) for name, p_value in p_values.items()]
     content = {
         "format_version": 1,
         "task": config.model.task,
         "test_examples": len(setting.test),
-        "rows": {name: asdict(row) for name, row in rows.items()},
+        "rows": {name: _content(row) for name, row in rows.items()},
         "p_values_against_flowra": p_values,
         "verdicts": verdicts,
         "notes": notes,
     }
-    timeless = json.loads(json.dumps(content))
-    for row in timeless["rows"].values():
-        del row["seconds"]
-    (folder / "metrics.json").write_text(json.dumps(timeless, indent=1) + "\n", encoding="utf-8")
-    tensors = {f"{name}/loss": each.loss for name, each in scores.items()}
-    tensors |= {f"{name}/correct": each.correct for name, each in scores.items() if each.correct is not None}
-    save_file(tensors, folder / "scores.safetensors")
-    metrics = [(f"test/loss/{name}", row.loss.value, 0) for name, row in rows.items()]
-    metrics += [(f"test/accuracy/{name}", row.accuracy.value, 0) for name, row in rows.items() if row.accuracy]
+    (folder / "metrics.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    save_file(_tensors(scores), folder / "scores.safetensors")
+    metrics = [
+        (f"test/{key}/{name}", interval.value, 0)
+        for name, row in rows.items()
+        for key, interval in row.measures.items()
+        if interval is not None
+    ]
     metrics += [(f"test/parameters/{name}", float(row.parameters), 0) for name, row in rows.items()]
     metrics += [(f"test/p_value/{name}", value, 0) for name, value in p_values.items()]
     timings = {f"seconds {name}": f"{row.seconds:.1f}" for name, row in rows.items()}
@@ -99,11 +98,7 @@ def _baseline(name: str, config: RunConfig, setting: Setting) -> tuple[Row, Scor
     parameters, title = 0, "base, trained head" if heads else "base"
     model.requires_grad_(False)
     if name == "uniform":
-        try:
-            wanted = config.evaluation.uniform_targets
-            targets = match_modules(model, wanted) if wanted else query_and_value(model)
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        targets = uniform_layers(config, model)
         shapes = {target: shape_of(model, target) for target in targets}
         cost = sum(sum(shape) for shape in shapes.values())
         rank = min(layers.budget // cost, *(min(shape) for shape in shapes.values()))
@@ -122,7 +117,7 @@ def _baseline(name: str, config: RunConfig, setting: Setting) -> tuple[Row, Scor
         model.get_submodule(head).requires_grad_(True)
     seconds = _train(model, config, setting, heads, f"evaluate: training {name}") if heads or parameters else 0.0
     scores = score(model, config, setting, f"evaluate: scoring {name}")
-    return _row(title, scores, parameters, parameters, seconds), scores
+    return _row(title, setting, scores, parameters, parameters, seconds), scores
 
 
 def _train(model: PreTrainedModel, config: RunConfig, setting: Setting, heads: list[str], description: str) -> float:
@@ -149,7 +144,7 @@ def _flowra(config: RunConfig, setting: Setting, run: Path) -> tuple[Row, Scores
     records = [read_record(run / stage) for stage in ("calibrate", "allocate", "train", "refine")]
     seconds = sum(record.seconds for record in records if record is not None)
     peak = read_training_state(run / "refine").peak_parameters
-    return _row("Flowra", scores, parameters, peak, seconds), scores
+    return _row("Flowra", setting, scores, parameters, peak, seconds), scores
 
 
 @torch.inference_mode()
@@ -165,35 +160,53 @@ def score(model: torch.nn.Module, config: RunConfig, setting: Setting, descripti
             chosen = order[start : start + size]
             batch = setting.collate([setting.test[index] for index in chosen])
             moved = {key: value.to(device) for key, value in batch.items()}
-            loss, targets, correct = setting.task.losses(model, moved)
-            parts.append((loss.cpu(), targets.cpu(), None if correct is None else correct.cpu()))
+            loss, targets, answers = setting.task.losses(model, moved)
+            parts.append((loss.cpu(), targets.cpu(), None if answers is None else answers.cpu()))
             progress.advance(len(chosen))
-    return concatenate(parts, order)
+    expected = None
+    if setting.task.label == "number":
+        expected = torch.tensor([row["label"] for row in setting.data.test], dtype=torch.float32)
+    return concatenate(parts, order, expected=expected)
 
 
-def _row(title: str, scores: Scores, parameters: int, peak: int, seconds: float) -> Row:
+def _row(title: str, setting: Setting, scores: Scores, parameters: int, peak: int, seconds: float) -> Row:
     return Row(
         title=title,
-        accuracy=None if scores.correct is None else accuracy(scores),
-        loss=mean_loss(scores),
+        measures={measure.key: measure.estimate(scores) for measure in setting.task.measures},
         parameters=parameters,
         peak_parameters=peak,
         seconds=seconds,
     )
 
 
-def _verdict(name: str, rows: Mapping[str, Row], p_value: float, level: float) -> str:
+def _content(row: Row) -> dict[str, Any]:
+    """Return a row of ``metrics.json``: its measures by name, no times; accuracy is always there."""
+    measures = {key: None if interval is None else asdict(interval) for key, interval in row.measures.items()}
+    counts = {"parameters": row.parameters, "peak_parameters": row.peak_parameters}
+    return {"title": row.title, "accuracy": None, **measures, **counts}
+
+
+def _tensors(scores: Mapping[str, Scores]) -> dict[str, Tensor]:
+    """Return the scores of each example by name."""
+    tensors = {f"{name}/loss": each.loss for name, each in scores.items()}
+    for name, each in scores.items():
+        if each.expected is not None:
+            tensors["expected"] = each.expected
+        if each.answers is not None:
+            tensors[f"{name}/{'correct' if each.answers.dtype == torch.bool else 'predicted'}"] = each.answers
+    return tensors
+
+
+def _verdict(measure: Measure, other: Row, mine: Row, p_value: float, level: float) -> str:
     """Say in words how Flowra compares; a tie is called a tie."""
-    mine, other = rows["flowra"], rows[name]
-    if mine.accuracy is not None and other.accuracy is not None:
-        difference = 100 * (mine.accuracy.value - other.accuracy.value)
-        amount = f"{difference:+.1f} points of accuracy"
-    else:
-        difference = other.loss.value - mine.loss.value
-        amount = f"{-difference:+.4f} nats per token"
+    ours, theirs = mine.measures[measure.key], other.measures[measure.key]
+    assert ours is not None
+    assert theirs is not None
+    difference = ours.value - theirs.value
+    amount = measure.difference.format(measure.scale * difference)
     if p_value >= level:
         return f"Tie: Flowra against {other.title}, {amount}, p = {p_value:.3f} (paired)."
-    word = "better" if difference > 0 else "worse"
+    word = "better" if (difference > 0) == measure.more_is_better else "worse"
     return f"Flowra is {word} than {other.title}: {amount}, p = {p_value:.2g} (paired)."
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from flowra_adapters import detach, load_adapter, merge, unmerge
-from flowra_compose import merge_folders
+from flowra_compose import AdapterState, TruncatedUpdate, merge_folders
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.run_config import RunConfig
 from flowra_pipelines.stages.record import StageResult
@@ -28,7 +28,15 @@ def merge_stage(config: RunConfig, folder: Path) -> StageResult:
     model = base_model(config, setting)
     own_head = 0 if setting.task.heads(model) else None
     try:
-        merge_folders(sources, weights, folder / "adapter", heads_from=own_head)
+        merged = merge_folders(
+            sources,
+            weights,
+            folder / "adapter",
+            rule=config.merge.rule,
+            rank=config.merge.rank,
+            energy=config.merge.energy,
+            heads_from=own_head,
+        )
         load_adapter(model, folder / "adapter")
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -47,8 +55,18 @@ def merge_stage(config: RunConfig, folder: Path) -> StageResult:
         summary={
             "check": f"merged and unmerged logits differ by {check['relative_difference']:.1e} of the largest",
             "adapter": f"{len(ranks)} modules, largest rank {max(ranks.values())}",
+            **_loss(merged),
         },
     )
+
+
+def _loss(merged: AdapterState) -> dict[str, str]:
+    """Say what a truncation lost, and where most."""
+    lost = {name: each.relative_loss for name, each in merged.updates.items() if isinstance(each, TruncatedUpdate)}
+    if not lost:
+        return {}
+    worst = max(lost, key=lost.__getitem__)
+    return {"truncated": f"at most {lost[worst]:.2%} of a module's squared norm was lost, at {worst}"}
 
 
 @torch.no_grad()

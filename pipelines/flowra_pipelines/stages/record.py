@@ -25,13 +25,13 @@ from flowra_pipelines.sources import content_hash, resolve
 __all__ = ["STAGES", "StageRecord", "StageResult", "read_record", "run_stage"]
 
 RECORD = "stage.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PARTS = ("analysis", "allocation", "adapters", "compose", "pipelines")
 STAGES = ("calibrate", "allocate", "train", "refine", "merge", "evaluate")
 # What a stage reads of the configuration, beside everything the stages before it read.
 SECTIONS: Mapping[str, tuple[str, ...]] = {
     "calibrate": ("seed", "budget", "model", "data", "adapter", "training", "calibration"),
-    "allocate": ("sensitivity_threshold",),
+    "allocate": ("sensitivity_threshold", "allocation"),
     "train": (),
     "refine": ("refinement",),
     "merge": ("merge",),
@@ -58,8 +58,10 @@ class StageRecord:
     """A finished stage."""
 
     stage: str
+    reads: str
+    """Hash of the configuration, the base and the data that the stage and those before it read."""
     fingerprint: str
-    """Of everything the stage read: configuration, the artifacts before it, base and data, versions."""
+    """Hash of everything that decides what it makes: ``reads``, the artifacts before it, our code, versions."""
     artifacts: dict[str, str]
     """File to SHA-256."""
     seconds: float
@@ -94,7 +96,8 @@ def run_stage(
         UserError: if a stage before it has not run.
     """
     final = config.folder / name
-    fingerprint = _fingerprint(name, config)
+    reads = _reads(config)
+    fingerprint = _fingerprint(name, config, reads)
     if not force and final.is_dir():
         record = read_record(final)
         if record is not None and record.fingerprint == fingerprint and record.artifacts == _hashes(final):
@@ -102,21 +105,26 @@ def run_stage(
     partial = config.folder / f"{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    started = time.perf_counter()
-    result = work(config, partial)
-    for title, figure in result.figures.items():
-        figure.savefig(partial / f"{title}.png", dpi=120, metadata={"Software": None})
-    seconds = time.perf_counter() - started
-    artifacts = _hashes(partial)
-    record = StageRecord(
-        stage=name,
-        fingerprint=fingerprint,
-        artifacts=artifacts,
-        seconds=seconds,
-        summary=result.summary,
-        mlflow_run_id=log(result, partial),
-    )
-    _write(record, partial)
+    try:
+        started = time.perf_counter()
+        result = work(config, partial)
+        for title, figure in result.figures.items():
+            figure.savefig(partial / f"{title}.png", dpi=120, metadata={"Software": None})
+        seconds = time.perf_counter() - started
+        artifacts = _hashes(partial)
+        record = StageRecord(
+            stage=name,
+            reads=reads[name],
+            fingerprint=fingerprint,
+            artifacts=artifacts,
+            seconds=seconds,
+            summary=result.summary,
+            mlflow_run_id=log(result, partial),
+        )
+        _write(record, partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     return record, False
@@ -133,24 +141,51 @@ def read_record(folder: Path) -> StageRecord | None:
         return None
 
 
-def _fingerprint(name: str, config: RunConfig) -> str:
-    """Hash what the stage reads. Each stage reads the artifacts of those before it."""
-    index = STAGES.index(name)
+def _reads(config: RunConfig) -> dict[str, str]:
+    """Hash what each stage and those before it read of the configuration, and of the files outside the run."""
     values = config.model_dump(mode="json")
-    reads: dict[str, Any] = {section: values[section] for stage in STAGES[: index + 1] for section in SECTIONS[stage]}
-    if index >= STAGES.index("train"):
-        reads["refinement_start"] = config.refinement_start
-    reads["versions"] = {package: version(package) for package in ("torch", "transformers")}
-    reads["code"] = _code_hash()
-    reads["files"] = [content_hash(path) for path in _inputs(config, merging=index >= STAGES.index("merge"))]
-    for earlier in STAGES[:index]:
+    base_and_data = [content_hash(path) for path in _base_and_data(config)]
+    extra = [content_hash(Path(each.path)) for each in config.merge.extra if Path(each.path).exists()]
+    hashes = {}
+    for index, name in enumerate(STAGES):
+        sections = [section for stage in STAGES[: index + 1] for section in SECTIONS[stage]]
+        reads: dict[str, Any] = {section: values[section] for section in sections}
+        reads["files"] = base_and_data
+        if index >= STAGES.index("train"):
+            reads["refinement_start"] = config.refinement_start
+        if index >= STAGES.index("merge"):
+            reads["extra"] = extra
+        hashes[name] = sha256(json.dumps(reads, sort_keys=True).encode()).hexdigest()
+    return hashes
+
+
+def _fingerprint(name: str, config: RunConfig, reads: Mapping[str, str]) -> str:
+    """Hash everything that decides what the stage makes.
+
+    Artifacts before it count as they are now: a plan may be edited by hand. But they must be of this base, data and
+    configuration: an adapter of another base may fit and mean nothing.
+
+    Returns:
+        A SHA-256 as hex.
+
+    Raises:
+        UserError: if a stage before it has not run, or ran for something else.
+    """
+    content: dict[str, Any] = {"reads": reads[name], "code": _code_hash()}
+    content["versions"] = {package: version(package) for package in ("torch", "transformers")}
+    for earlier in STAGES[: STAGES.index(name)]:
         record = read_record(config.folder / earlier)
         if record is None:
             raise UserError(
                 f"{name} needs the artifacts of {earlier}, got none in {config.folder}. Run `flowra {earlier}`."
             )
-        reads[earlier] = _hashes(config.folder / earlier)  # as they are now: a plan may be edited by hand
-    return sha256(json.dumps(reads, sort_keys=True).encode()).hexdigest()
+        if record.reads != reads[earlier]:
+            raise UserError(
+                f"{name} needs artifacts of {earlier} for this base, data and configuration, got others in"
+                f" {config.folder}. Run `flowra {earlier}`."
+            )
+        content[earlier] = _hashes(config.folder / earlier)
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @cache
@@ -160,11 +195,10 @@ def _code_hash() -> str:
     return sha256("".join(content_hash(folder) for folder in folders if folder is not None).encode()).hexdigest()
 
 
-def _inputs(config: RunConfig, *, merging: bool) -> list[Path]:
-    """List the files outside the run that a stage reads."""
+def _base_and_data(config: RunConfig) -> list[Path]:
+    """List the files outside the run that every stage reads."""
     model = resolve(config.model.path)
-    extra = [Path(each.path) for each in config.merge.extra if merging and Path(each.path).exists()]
-    return [*([] if model is None else [model]), *data_paths(config.data), *extra]
+    return [*([] if model is None else [model]), *data_paths(config.data)]
 
 
 def _hashes(folder: Path) -> dict[str, str]:
@@ -176,6 +210,7 @@ def _write(record: StageRecord, folder: Path) -> None:
     content = {
         "format_version": FORMAT_VERSION,
         "stage": record.stage,
+        "reads": record.reads,
         "fingerprint": record.fingerprint,
         "artifacts": record.artifacts,
         "seconds": record.seconds,

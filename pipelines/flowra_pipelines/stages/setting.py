@@ -9,14 +9,25 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flowra_adapters import LoRA, adaptable_modules, adapters, match_modules
+from flowra_adapters import LoRA, adapters, linear_size, match_modules
 from flowra_allocation import parse_budget
 from flowra_pipelines.data import Examples, TextData, load_text_data, tokenise
 from flowra_pipelines.errors import UserError
+from flowra_pipelines.layer_names import layers_called
 from flowra_pipelines.run_config import DataConfig, ModelConfig, RunConfig
 from flowra_pipelines.tasks import TASKS, Task, load_model, load_tokenizer
 
-__all__ = ["Layers", "Setting", "base_model", "load_setting", "lora_layers", "survey"]
+__all__ = [
+    "Layers",
+    "Setting",
+    "base_model",
+    "load_setting",
+    "lora_layers",
+    "shape_of",
+    "survey",
+    "uniform_layers",
+    "without_heads",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +71,7 @@ def load_setting(config: RunConfig) -> Setting:
 def _load_setting(model: ModelConfig, data_config: DataConfig) -> Setting:
     task = TASKS[model.task]
     tokenizer = load_tokenizer(model)
-    data = load_text_data(data_config, labelled=task.labelled)
+    data = load_text_data(data_config, label=task.label)
     encode = partial(tokenise, tokenizer=tokenizer, max_length=data_config.max_length)
     return Setting(task=task, tokenizer=tokenizer, data=data, train=encode(data.train), test=encode(data.test))
 
@@ -68,7 +79,7 @@ def _load_setting(model: ModelConfig, data_config: DataConfig) -> Setting:
 def base_model(config: RunConfig, setting: Setting) -> PreTrainedModel:
     """Load the base with its new head, in evaluation mode; the same bits for the same seed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(config.model, labels=setting.data.labels, seed=config.seed)
+    model = load_model(config.model, data=setting.data, seed=config.seed)
     nn.Module.to(model, device).eval()
     return model
 
@@ -90,11 +101,16 @@ def survey(config: RunConfig, model: PreTrainedModel, task: Task) -> Layers:
     heads = task.heads(model)
     try:
         names = match_modules(model, config.adapter.targets, exclude=config.adapter.exclude)
-        output = model.get_output_embeddings()
-        names = [name for name in names if not _inside(name, heads) and model.get_submodule(name) is not output]
+        names = without_heads(model, task, names)
         head_parameters = sum(p.numel() for head in heads for p in model.get_submodule(head).parameters())
         base_parameters = sum(parameter.numel() for parameter in model.parameters()) - head_parameters
-        budget = parse_budget(config.budget, base_parameters=base_parameters)
+        budget = parse_budget(
+            config.budget,
+            base_parameters=base_parameters,
+            unit_cost=lambda wanted: sum(sum(shape_of(model, name)) for name in layers_called(model, wanted)),
+        )
+        if "uniform" in config.evaluation.baselines:  # said now, not after the training
+            uniform_layers(config, model)
     except ValueError as error:
         raise UserError(str(error)) from None
     shapes = {name: shape_of(model, name) for name in names}
@@ -118,20 +134,25 @@ def lora_layers(model: nn.Module) -> dict[str, LoRA]:
     return {name: one for name, one in adapters(model).items() if isinstance(one, LoRA)}
 
 
-def query_and_value(model: nn.Module) -> list[str]:
-    """Name the query and value projections, as the architectures call them.
+def uniform_layers(config: RunConfig, model: PreTrainedModel) -> list[str]:
+    """Name the layers of the uniform baseline, by default query and value.
 
     Returns:
         Module names.
 
     Raises:
-        UserError: if none is found.
+        UserError: if a name means no layer.
     """
-    tails = ("query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "query_proj", "value_proj", "q", "v")
-    found = [name for name in adaptable_modules(model) if name.rsplit(".", 1)[-1] in tails]
-    if not found:
-        raise UserError("query and value projections must have a usual name, got none. Set evaluation.uniform_targets.")
-    return found
+    try:
+        return layers_called(model, config.evaluation.uniform_targets or ("q", "v"))
+    except ValueError as error:
+        raise UserError(f"evaluation.uniform_targets: {error}") from None
+
+
+def without_heads(model: PreTrainedModel, task: Task, names: Sequence[str]) -> list[str]:
+    """Leave out layers that are trained in full or give the model's output."""
+    heads, output = task.heads(model), model.get_output_embeddings()
+    return [name for name in names if not _inside(name, heads) and model.get_submodule(name) is not output]
 
 
 def _inside(name: str, heads: Sequence[str]) -> bool:
@@ -140,6 +161,4 @@ def _inside(name: str, heads: Sequence[str]) -> bool:
 
 def shape_of(model: nn.Module, name: str) -> tuple[int, int]:
     """Return (m, n) of a linear layer."""
-    layer = model.get_submodule(name)
-    assert isinstance(layer, nn.Linear)
-    return layer.out_features, layer.in_features
+    return linear_size(model.get_submodule(name))
