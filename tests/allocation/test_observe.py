@@ -1,14 +1,13 @@
 """The observer against Grams written out by autograd, example by example."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification
 
-from flowra_adapters import LoRA, attach
-from flowra_allocation import BottleneckGram, BottleneckObserver
+from flowra_allocation import BottleneckObserver
+from flowra_testing.explicit_grams import assert_same, explicit, losses
+from flowra_testing.stand_in_adapter import StandInAdapter, hang
 from flowra_testing.tiny_models import batch, bert_classifier, called_twice, mlp
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
@@ -17,53 +16,15 @@ POOLER = "bert.pooler.dense"
 RANKS = {QUERY: 3, OUTPUT: 2, POOLER: 2}
 
 
-def model_and_layers(*, dtype: torch.dtype = torch.float64) -> tuple[BertForSequenceClassification, dict[str, LoRA]]:
+def model_and_layers(
+    *, dtype: torch.dtype = torch.float64
+) -> tuple[BertForSequenceClassification, dict[str, StandInAdapter]]:
     model = bert_classifier().to(dtype)
-    layers = attach(model, RANKS)
+    layers = hang(model, RANKS)
     generator = torch.Generator().manual_seed(7)
     for layer in layers.values():
         layer.lora_B.data.copy_(torch.randn(layer.lora_B.shape, generator=generator, dtype=torch.float64))
-    return model, layers  # type: ignore[return-value]
-
-
-def losses(model: nn.Module, data: dict[str, Tensor]) -> Tensor:
-    """Return one loss per example."""
-    logits = model(input_ids=data["input_ids"], attention_mask=data["attention_mask"]).logits
-    return nn.functional.cross_entropy(logits, data["labels"], reduction="none")
-
-
-def explicit(model: nn.Module, layers: dict[str, LoRA], data: dict[str, Tensor]) -> dict[str, BottleneckGram]:
-    """Grams of each example's own loss, one example at a time and without its padding, from the layer's ends."""
-    seen: dict[str, list[Tensor]] = {}
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda module, args, output: seen.update({name: [args[0], output]})
-
-    handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in layers]
-    totals: dict[str, BottleneckGram] = {}
-    for index, length in enumerate(data["attention_mask"].sum(1).tolist()):
-        one = {"labels": data["labels"][index : index + 1]} | {
-            key: data[key][index : index + 1, :length] for key in ("input_ids", "attention_mask")
-        }
-        loss = losses(model, one).sum()
-        gradients = torch.autograd.grad(loss, [seen[name][1] for name in layers])
-        for (name, layer), gradient in zip(layers.items(), gradients, strict=True):
-            z = (seen[name][0].flatten(0, -2) @ layer.lora_A.T).detach()
-            delta = layer.scaling * gradient.flatten(0, -2) @ layer.lora_B.detach()
-            gram = BottleneckGram(z.T @ z, delta.T @ delta, float(len(z)), 1.0)
-            totals[name] = totals[name] + gram if name in totals else gram
-    for handle in handles:
-        handle.remove()
-    return totals
-
-
-def assert_same(actual: dict[str, BottleneckGram], expected: dict[str, BottleneckGram]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, gram in actual.items():
-        other = expected[name]
-        assert (gram.tokens, gram.examples) == (other.tokens, other.examples)
-        torch.testing.assert_close(gram.activations, other.activations.detach(), rtol=1e-8, atol=1e-12)
-        torch.testing.assert_close(gram.gradients, other.gradients.detach(), rtol=1e-8, atol=1e-12)
+    return model, layers
 
 
 @pytest.mark.parametrize("loss", ["mean", "sum"])
@@ -149,10 +110,10 @@ def test_gradient_checkpointing_counts_once(reentrant: bool, sketch: bool) -> No
 
 def test_a_module_called_twice_counts_its_examples_once() -> None:
     model = called_twice().double()
-    layers = attach(model, {"shared": 2})
+    layers = hang(model, {"shared": 2})
     layers["shared"].lora_B.data.normal_()
     x = torch.randn(5, 8, dtype=torch.float64)
-    with BottleneckObserver(model, layers, loss="sum") as observer:  # type: ignore[arg-type]
+    with BottleneckObserver(model, layers, loss="sum") as observer:
         model(x).square().sum().backward()
     total = observer.total()["shared"]
     assert total.tokens == 10
@@ -170,9 +131,9 @@ def test_a_batch_given_as_one_dictionary_counts_its_examples() -> None:
             return output
 
     model = FromDictionary()
-    layers = attach(model, {"inner.up": 2})
+    layers = hang(model, {"inner.up": 2})
     layers["inner.up"].lora_B.data.normal_()
-    with BottleneckObserver(model, layers, loss="mean") as observer:  # type: ignore[arg-type]
+    with BottleneckObserver(model, layers, loss="mean") as observer:
         model({"x": torch.randn(5, 8, dtype=torch.float64)}).square().sum(1).mean().backward()
     assert observer.total()["inner.up"].examples == 5
 
@@ -228,10 +189,10 @@ def test_observers_and_hooks_are_gone_on_exit_even_after_an_exception(sketch: bo
 
 def test_layers_of_rank_zero_are_skipped_and_still_sketched() -> None:
     model = bert_classifier()
-    layers = attach(model, {QUERY: 0, OUTPUT: 2})
+    layers = hang(model, {QUERY: 0, OUTPUT: 2})
     layers[OUTPUT].lora_B.data.normal_()
     generator = torch.Generator().manual_seed(0)
-    with BottleneckObserver(model, layers, loss="mean", sketch=True, generator=generator) as observer:  # type: ignore[arg-type]
+    with BottleneckObserver(model, layers, loss="mean", sketch=True, generator=generator) as observer:
         assert layers[QUERY].observer is None
         model(**batch(num_labels=3)).loss.backward()
     assert list(observer.total()) == [OUTPUT]
@@ -240,18 +201,13 @@ def test_layers_of_rank_zero_are_skipped_and_still_sketched() -> None:
 
 def test_the_sketch_sees_the_weight_gradient_that_the_adapter_cannot_follow() -> None:
     model = mlp(dtype=torch.float64)
-    layers = attach(model, {"up": 2})
+    layers = hang(model, {"up": 2})
     layer = layers["up"]
     layer.lora_B.data.normal_()
     model.up.weight.requires_grad_(True)
     x = torch.randn(5, 8, dtype=torch.float64)
-    with BottleneckObserver(
-        model,
-        layers,
-        loss="mean",
-        sketch=True,
-        generator=torch.Generator().manual_seed(0),  # type: ignore[arg-type]
-    ) as observer:
+    generator = torch.Generator().manual_seed(0)
+    with BottleneckObserver(model, layers, loss="mean", sketch=True, generator=generator) as observer:
         model(x).square().mean().backward()
     a, b = layer.lora_A.detach(), layer.lora_B.detach()
     normal = model.up.weight.grad - b @ torch.linalg.pinv(b) @ model.up.weight.grad

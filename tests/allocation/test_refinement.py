@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
-from flowra_adapters import LoRA, attach
 from flowra_allocation import BottleneckObserver, RankEvent, RankHistory, RefinementSchedule, Refiner
 from flowra_allocation.trainer_callback import RefinementCallback
+from flowra_testing.stand_in_adapter import StandInAdapter, hang
 from flowra_testing.tiny_models import batch, bert_classifier, mlp, seeded
 
 RANKS = {"up": 2, "down": 2, "skip": 1}
@@ -71,10 +71,11 @@ class Run:
         *,
         spare: int = 0,
         caps: Mapping[str, int] | None = None,
-        modules_to_save: Sequence[str] = (),
+        train_head: bool = False,
     ) -> None:
         self.model = mlp()
-        self.layers: dict[str, LoRA] = attach(self.model, ranks, modules_to_save=modules_to_save)  # type: ignore[assignment]
+        self.layers = hang(self.model, ranks)
+        self.model.head.requires_grad_(train_head)
         self.costs = {name: layer.cost_per_rank for name, layer in self.layers.items()}
         self.budget = sum(self.costs[name] * rank for name, rank in ranks.items()) + spare
         self.optimizer = torch.optim.AdamW([each for each in self.model.parameters() if each.requires_grad], lr=0.02)
@@ -82,7 +83,7 @@ class Run:
             self.model,
             self.layers,
             costs=self.costs,
-            caps=caps or {name: min(layer.delta_weight().shape) for name, layer in self.layers.items()},
+            caps=caps or {name: min(layer.lora_A.shape[1], len(layer.lora_B)) for name, layer in self.layers.items()},
             budget=self.budget,
             schedule=schedule,
         )
@@ -255,13 +256,10 @@ def test_ranks_above_the_budget_are_refused() -> None:
 
 def test_a_layer_that_the_loss_does_not_reach_is_the_first_to_give_its_rank_away() -> None:
     model = nn.ModuleDict({"used": nn.Linear(8, 6), "unused": nn.Linear(8, 6)})
-    layers = attach(model, {"used": 2, "unused": 1})
+    layers = hang(model, {"used": 2, "unused": 1})
     costs = dict.fromkeys(layers, 14)
-    refiner = Refiner(
-        model, layers, costs=costs, caps=dict.fromkeys(layers, 6), budget=42, schedule=RefinementSchedule(  # type: ignore[arg-type]
-            start=0, freeze=4, events=2, share=0.4, observe=1
-        ),
-    )  # fmt: skip
+    schedule = RefinementSchedule(start=0, freeze=4, events=2, share=0.4, observe=1)
+    refiner = Refiner(model, layers, costs=costs, caps=dict.fromkeys(layers, 6), budget=42, schedule=schedule)
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=0.02)
     x = torch.randn(9, 8)
     for step in range(4):
@@ -274,7 +272,7 @@ def test_a_layer_that_the_loss_does_not_reach_is_the_first_to_give_its_rank_away
 
 
 def test_a_model_of_rank_zero_throughout_can_start_to_grow() -> None:
-    run = Run(dict.fromkeys(RANKS, 0), spare=100, modules_to_save=["head"])
+    run = Run(dict.fromkeys(RANKS, 0), spare=100, train_head=True)
     history = run.train(14)
     assert sum(history.events[-1].ranks.values()) > 0
 
@@ -298,7 +296,7 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
 class Watch(TrainerCallback):
     """Check, after every step, that the optimiser holds the live factors; count the batches observed."""
 
-    def __init__(self, layers: Mapping[str, LoRA]) -> None:
+    def __init__(self, layers: Mapping[str, StandInAdapter]) -> None:
         self.layers = layers
         self.ranks: list[dict[str, int]] = []
 
@@ -315,7 +313,7 @@ class Trained:
     """What a Trainer run left behind."""
 
     model: BertForSequenceClassification
-    layers: dict[str, LoRA]
+    layers: dict[str, StandInAdapter]
     refiner: Refiner
     trainer: Trainer
     watch: Watch
@@ -332,7 +330,9 @@ def prepare(
     **arguments: Any,  # noqa: ANN401
 ) -> Trained:
     model = bert_classifier(training=True)
-    layers: dict[str, LoRA] = attach(model, {"*.query": 2, "*.value": 2, "*.output.dense": 0})  # type: ignore[assignment]
+    names = [name for name, _ in model.named_modules()]
+    ranks = {".query": 2, ".value": 2, ".output.dense": 0}
+    layers = hang(model, {name: rank for name in names for ending, rank in ranks.items() if name.endswith(ending)})
     costs = {name: layer.cost_per_rank for name, layer in layers.items()}
     refiner = Refiner(
         model,

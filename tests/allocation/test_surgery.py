@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from flowra_adapters import LoRA
 from flowra_allocation import BottleneckGram, flow_spectrum, grow, keep, rebase, truncate
+from flowra_testing.stand_in_adapter import StandInAdapter
 from flowra_testing.tiny_models import seeded
 
 M, N, RANK = 5, 7, 3
-Operation = Callable[[LoRA, Optimizer | None], None]
+Operation = Callable[[StandInAdapter, Optimizer | None], None]
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "adamw": lambda groups: torch.optim.AdamW(groups),
     "adamw_foreach": lambda groups: torch.optim.AdamW(groups, foreach=True),
@@ -30,13 +30,13 @@ OPTIMIZER = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
 class Rig(nn.Module):
-    """A frozen weight with a LoRA layer between a trained gain and a trained bias, in two parameter groups."""
+    """A frozen weight with a low-rank layer between a trained gain and a trained bias, in two parameter groups."""
 
     def __init__(self, name: str = "adamw", *, rank: int = RANK, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         with seeded(0):
-            self.layer = LoRA(
-                N, M, rank=rank, scaling=1.5, dropout=0.0, dtype=dtype, generator=torch.Generator().manual_seed(0)
+            self.layer = StandInAdapter(
+                N, M, rank=rank, scaling=1.5, dtype=dtype, generator=torch.Generator().manual_seed(0)
             )
             self.layer.lora_B.data.normal_()
             self.gain, self.bias = nn.Parameter(torch.ones(N, dtype=dtype)), nn.Parameter(torch.zeros(M, dtype=dtype))
@@ -79,20 +79,20 @@ def trained(name: str, **keywords: Any) -> Rig:  # noqa: ANN401 - passed on
     return rig
 
 
-def grow_by_two(layer: LoRA, optimizer: Optimizer | None) -> None:
+def grow_by_two(layer: StandInAdapter, optimizer: Optimizer | None) -> None:
     grow(layer, torch.randn(2, N), optimizer)
 
 
-def keep_two(layer: LoRA, optimizer: Optimizer | None) -> None:
+def keep_two(layer: StandInAdapter, optimizer: Optimizer | None) -> None:
     keep(layer, [2, 0], optimizer)
 
 
-def keep_none(layer: LoRA, optimizer: Optimizer | None) -> None:
+def keep_none(layer: StandInAdapter, optimizer: Optimizer | None) -> None:
     keep(layer, [], optimizer)
 
 
 def rebase_to(rank: int) -> Operation:
-    def operation(layer: LoRA, optimizer: Optimizer | None) -> None:
+    def operation(layer: StandInAdapter, optimizer: Optimizer | None) -> None:
         with seeded(1):
             gram = BottleneckGram.of(torch.randn(20, len(layer.lora_A)), torch.randn(20, len(layer.lora_A)), examples=5)
         rebase(layer, *truncate(layer.lora_A, layer.lora_B, flow_spectrum(gram), rank), optimizer)
