@@ -155,7 +155,6 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "must be plain LoRA, got .*use_dora"),
     "bias_all": ({"bias": "all"}, "must be plain LoRA, got .*bias"),
     "lora_bias": ({"lora_bias": True}, "must be plain LoRA, got .*lora_bias"),
-    "transposed": ({"fan_in_fan_out": True}, "must be plain LoRA, got .*fan_in_fan_out"),
     "replicated_layers": ({"layer_replication": [[0, 2]]}, "must be plain LoRA, got .*layer_replication"),
     "raw_parameters": ({"target_parameters": ["experts"]}, "must be plain LoRA, got .*target_parameters"),
     "trained_tokens": ({"trainable_token_indices": [1]}, "must be plain LoRA, got .*trainable_token_indices"),

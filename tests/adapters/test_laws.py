@@ -8,7 +8,7 @@ import torch
 
 import flowra_adapters
 from flowra_testing.adapter_table import METHODS, LayerType, Method
-from flowra_testing.asserts import LAWS, SCALING, attach_to, build_case, randomise
+from flowra_testing.asserts import LAWS, attach_to, build_case, randomise, strength
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "lora_family.json").read_text())
 CASES = [
@@ -59,7 +59,8 @@ def test_the_first_gradient_reaches_the_new_rows_after_growth(method: Method) ->
 def test_a_half_precision_adapter_still_materialises_in_float32(method: Method) -> None:
     layer_type = method.layer_types["linear"]
     case = build_case(layer_type, torch.float32)
-    adapter = flowra_adapters.attach(case.model, {"layer": 2}, method=method.key, dtype=torch.bfloat16)["layer"]
+    options = {"method": method.key, "dtype": torch.bfloat16, **strength(method)}
+    adapter = flowra_adapters.attach(case.model, {"layer": 2}, **options)["layer"]
     randomise(adapter)
     delta = adapter.delta_weight()
     assert delta.dtype == torch.float32
@@ -101,7 +102,7 @@ def test_merging_in_two_steps_unmerges_both(method: Method, keep_first: bool, ke
 def test_a_failing_merge_leaves_every_weight_untouched(method: Method) -> None:
     layer_type = method.layer_types["linear"]
     case = build_case(layer_type, torch.float32)
-    found = flowra_adapters.attach(case.model, {"layer": 2, "head": 1}, method=method.key, scaling=SCALING)
+    found = flowra_adapters.attach(case.model, {"layer": 2, "head": 1}, method=method.key, **strength(method))
     for adapter in found.values():
         randomise(adapter)
     next(found["head"].parameters()).data[0, 0] = torch.nan

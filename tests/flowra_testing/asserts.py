@@ -76,8 +76,12 @@ def build_case(layer_type: LayerType, dtype: torch.dtype) -> Case:
 
 def attach_to(case: Case, method: Method, rank: int, *, adapter: str = "default") -> Adapter:
     """Attach one adapter of the method to the layer of the case."""
-    strength = {"alpha" if method.takes_alpha else "scaling": SCALING}
-    return attach(case.model, {"layer": rank}, method=method.key, adapter=adapter, **strength)["layer"]
+    return attach(case.model, {"layer": rank}, method=method.key, adapter=adapter, **strength(method))["layer"]
+
+
+def strength(method: Method) -> dict[str, float]:
+    """Return what attaching a method is told about its scaling."""
+    return {"alpha" if method.takes_alpha else "scaling": SCALING}
 
 
 def randomise(adapter: nn.Module, *, seed: int = 4) -> None:
@@ -210,8 +214,7 @@ def _train(case: Case, *, steps: int, watch: Callable[[], None] = lambda: None) 
 def assert_only_adapters_learn(method: Method, layer_type: LayerType, dtype: torch.dtype) -> None:
     """After AdamW steps no base parameter or buffer has changed; adapters and modules trained in full have."""
     case = build_case(layer_type, dtype)
-    alpha = SCALING if method.takes_alpha else None
-    attach(case.model, {"layer": layer_type.rank}, method=method.key, alpha=alpha, modules_to_save=["head"])
+    attach(case.model, {"layer": layer_type.rank}, method=method.key, modules_to_save=["head"], **strength(method))
     before = {name: tensor.clone() for name, tensor in case.model.state_dict().items()}
     _train(case, steps=3)
     changed = {name for name, tensor in case.model.state_dict().items() if not torch.equal(tensor, before[name])}
