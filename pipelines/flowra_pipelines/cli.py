@@ -171,7 +171,9 @@ def _run(
         show_plan(config)
         return
     from flowra_pipelines.results_table import show_results
+    from flowra_pipelines.stages.setting import check_inputs
 
+    check_inputs(config)
     content: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True)
     again = [*command, *(part for each in overrides or [] for part in ("--set", each))]
     try:
@@ -198,9 +200,11 @@ def _stage(name: str, path: Path, overrides: list[str] | None, force: bool) -> N
 
     config = load_config(path, overrides or [])
     _quiet()
+    from flowra_pipelines.stages.setting import check_inputs
     from flowra_pipelines.stages.table import run_tracked
     from flowra_pipelines.tracking import Tracker
 
+    check_inputs(config)
     with Tracker(config) as tracker:
         run_tracked(name, config, tracker, force=force)
     if name == "evaluate":

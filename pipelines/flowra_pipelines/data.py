@@ -61,6 +61,11 @@ class TextData:
     """Why rows were left out, and how many."""
 
     @property
+    def label_unit(self) -> float:
+        """Standard deviation of the numbers; 1 for other labels."""
+        return 1.0 if self.numbers is None else self.numbers.deviation
+
+    @property
     def label_summary(self) -> str:
         """Training rows of each class, or the spread of the numbers; empty without labels."""
         counts = Counter(row["label"] for row in self.train if self.labels)
@@ -99,6 +104,7 @@ def load_text_data(config: DataConfig, *, label: LabelKind | None) -> TextData:
         UserError: if a source or column is missing or unreadable, a label is of a wrong kind, or too little is left.
     """
     left_out: dict[str, int] = {}
+    _refuse_idle_splits(config)
     train = _read(config.train, config.train_split, config, label, left_out)
     test = None if config.test is None else _read(config.test, config.test_split, config, label, left_out)
     labels: tuple[str, ...] = ()
@@ -141,6 +147,14 @@ def tokenise(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_len
     return Examples(examples)
 
 
+def _refuse_idle_splits(config: DataConfig) -> None:
+    """A file has no splits, so naming one would have no effect."""
+    for source, key in ((config.train, "train_split"), (config.test, "test_split")):
+        split = getattr(config, key)
+        if source is not None and resolve(source) is not None and split != DataConfig.model_fields[key].default:
+            raise UserError(f"split must be left out for a file, got {split!r} for {source!r}: it has no effect")
+
+
 def _read(source: str, split: str, config: DataConfig, label: LabelKind | None, left_out: dict[str, int]) -> list[Row]:
     """Read the rows whose columns are all filled."""
     wanted = {"text": config.text, "text_pair": config.text_pair, "label": config.label if label else None}
@@ -162,8 +176,6 @@ def _read(source: str, split: str, config: DataConfig, label: LabelKind | None, 
 def _columns(source: str, split: str, columns: Mapping[str, str]) -> dict[str, list[Any]]:
     """Read columns by key; a class is read by its name."""
     path = resolve(source)
-    if path is not None and split not in ("train", "test"):
-        raise UserError(f"split must be left out for a file, got {split!r} for {source!r}: it has no effect")
     kind = None if path is None else _format(path)
     try:
         with _silence():

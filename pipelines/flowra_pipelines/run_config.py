@@ -79,7 +79,7 @@ class DataConfig(Section):
     labels: tuple[str, ...] | None = None
     """Classes to keep, in the order of their ids; rows with others are left out and counted. By default all, sorted."""
     drop_duplicates: bool = True
-    """Leave out rows whose text has been seen; counted."""
+    """Leave out rows of ``train`` whose text has been seen; counted."""
     max_length: Annotated[int, Field(ge=2)] = 128
     """Tokens per example; longer texts are cut."""
     max_test_examples: Annotated[int, Field(ge=2)] | None = None
@@ -113,7 +113,8 @@ class TrainingConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Peak learning rate of adapters."""
     head_learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate of the head; by default that of the adapters."""
+    """Peak learning rate of the head; by default that of the adapters. For ``regression`` that of its last layer is
+    this times the standard deviation of the labels, so that their unit does not matter."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Shape of the learning rate after warm-up."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -159,7 +160,7 @@ class RefinementConfig(Section):
     share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Part of the budget that changes hands at an event."""
     observe: Annotated[int, Field(ge=1)] = 4
-    """Steps before an event on which statistics are gathered."""
+    """Steps before an event on which statistics are gathered; at most those since the event before."""
 
 
 class ExtraAdapter(Section):
@@ -257,6 +258,10 @@ class RunConfig(Section):
             raise ValueError("merge.rank or merge.energy must be given with merge.rule truncated_svd")
         if self.model.task == "regression" and "labels" in self.data.model_fields_set:
             raise ValueError("data.labels has no effect with regression: labels are numbers")
+        if self.model.task == "causal_lm" and self.training.head_learning_rate is not None:
+            raise ValueError("training.head_learning_rate has no effect with causal_lm: no head is trained")
+        if self.evaluation.uniform_targets is not None and "uniform" not in self.evaluation.baselines:
+            raise ValueError("evaluation.uniform_targets has no effect without uniform in evaluation.baselines")
         if self.model.task == "causal_lm" and {"label", "labels", "text_pair"} & self.data.model_fields_set:
             raise ValueError("data.label, data.labels and data.text_pair have no effect with causal_lm")
         return self

@@ -99,9 +99,11 @@ class SequenceClassification:
 class Regression:
     """One number for each text or pair; the loss is the squared error.
 
-    A new head starts at the mean of the training labels: its bias is that mean. Otherwise the first steps would go into
-    the offset. The head predicts in the labels' own unit, always; nothing is standardised. Heads without a bias
-    (``score`` of decoders) start near 0.
+    The head predicts in the labels' own unit, at every stage; nothing is folded in at the end. What training on
+    standardised labels (y - mean) / deviation would do is done to the last layer of a new head instead: its bias starts
+    at the mean of the training labels, its weights at deviation times their usual start, and its learning rate is
+    multiplied by the deviation. With Adam, which does not see the scale of a gradient, the two are the same but for
+    the clipping of gradients. Heads without a bias (``score`` of decoders) start near 0.
     """
 
     peft_type = "SEQ_CLS"
@@ -114,12 +116,14 @@ class Regression:
         return {"num_labels": 1, "problem_type": "regression"}
 
     def start_head(self, model: PreTrainedModel, data: TextData) -> None:
-        """Set the bias of the last layer to the mean of the training labels."""
+        """Put the last layer into the labels' unit, and its bias at their mean."""
         assert data.numbers is not None
         layers = [layer for name in self.heads(model) for layer in model.get_submodule(name).modules()]
         for layer in layers:
-            if isinstance(layer, nn.Linear) and layer.out_features == 1 and layer.bias is not None:
-                nn.init.constant_(layer.bias, data.numbers.mean)
+            if isinstance(layer, nn.Linear) and layer.out_features == 1:
+                layer.weight.detach().mul_(data.label_unit)
+                if layer.bias is not None:
+                    nn.init.constant_(layer.bias, data.numbers.mean)
 
     def heads(self, model: nn.Module) -> list[str]:
         """Name the head."""
@@ -199,14 +203,15 @@ def load_model(config: ModelConfig, *, data: TextData, seed: int) -> PreTrainedM
                 local_files_only=path is not None,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below
                 dtype=getattr(torch, config.dtype),
                 **task.options(data),
             )
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"model must load as {config.task}, got {_first_line(error)}; from {config.path}") from None
     assert isinstance(model, PreTrainedModel)
-    if any(key.startswith(f"{head}.") for head in task.heads(model) for key in report["missing_keys"]):
-        task.start_head(model, data)  # a head that the checkpoint brings stays as it is
+    if _is_head_new(report, task.heads(model), config):
+        task.start_head(model, data)
     if model.config.pad_token_id is None and model.config.eos_token_id is not None:
         eos = model.config.eos_token_id
         model.config.pad_token_id = eos[0] if isinstance(eos, list) else eos
@@ -233,6 +238,33 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _is_head_new(report: Mapping[str, Any], heads: Sequence[str], config: ModelConfig) -> bool:
+    """Tell whether the checkpoint lacks the head, and check that it lacks nothing else.
+
+    Returns:
+        False if the checkpoint brings a head that fits: it stays as it is.
+
+    Raises:
+        UserError: if a weight of the base is missing, or one has another shape. It would be random here, and in every
+            process that loads the exported adapter another one.
+    """
+    if report["mismatched_keys"]:
+        key, there, here = sorted(report["mismatched_keys"])[0]
+        raise UserError(
+            f"model must fit the task, got {key!r} of shape {tuple(there)} for {tuple(here)}; from {config.path}. Save"
+            " the base alone, with AutoModel, and use that."
+        )
+    inside = tuple(f"{head}." for head in heads)
+    missing = sorted(report["missing_keys"])
+    absent = [key for key in missing if not key.startswith(inside)]
+    if absent:
+        raise UserError(
+            f"model must bring all weights but its head's, got none for {absent[0]!r}; from {config.path}. Load it once"
+            " with transformers, save it with this layer, and use that."
+        )
+    return bool(missing)
+
+
 @contextmanager
 def _without_load_report() -> Iterator[None]:
     """Leave out the report that a head is new: it is meant to be."""
@@ -245,8 +277,9 @@ def _without_load_report() -> Iterator[None]:
 
 
 def _new_heads(model: nn.Module) -> list[str]:
-    """Name what transformers puts on an encoder or decoder to classify or to regress."""
-    return [name for name, _ in model.named_children() if name in ("classifier", "score")]
+    """Name what transformers puts on an encoder or decoder to classify or to regress: all that is not the base."""
+    base = getattr(model, "base_model_prefix", None)
+    return [name for name, child in model.named_children() if name != base and any(True for _ in child.parameters())]
 
 
 def _require_weights(path: Path | None) -> None:

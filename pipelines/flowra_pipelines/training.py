@@ -74,22 +74,40 @@ def learning_rate_factor(step: int, config: TrainingConfig) -> float:
     return max(0.0, shapes[config.schedule])
 
 
-def build_optimizer(model: nn.Module, config: TrainingConfig, *, heads: Sequence[str]) -> AdamW:
-    """Build AdamW over what is trainable: adapters in one group, heads in another."""
-    in_head = [name.startswith(tuple(f"{head}." for head in heads)) for name, _ in model.named_parameters()]
-    trainable = [
-        (parameter, head)
-        for (_, parameter), head in zip(model.named_parameters(), in_head, strict=True)
-        if parameter.requires_grad
-    ]
-    groups = [
-        {"params": [parameter for parameter, head in trainable if not head], "lr": config.learning_rate},
-        {
-            "params": [parameter for parameter, head in trainable if head],
-            "lr": config.head_learning_rate or config.learning_rate,
-        },
-    ]
-    return AdamW([group for group in groups if group["params"]], weight_decay=config.weight_decay)
+def build_optimizer(
+    model: nn.Module, config: TrainingConfig, *, heads: Sequence[str], label_unit: float = 1.0
+) -> AdamW:
+    """Build AdamW over what is trainable: adapters in one group, heads in another, what maps to a number in a third.
+
+    Adam's steps are as long as the learning rate, whatever the size of the gradient. So weights that map to a label
+    need a learning rate in the label's unit; then the unit does not matter.
+
+    Args:
+        model: whose trainable parameters are taken.
+        config: learning rates and weight decay.
+        heads: modules trained in full.
+        label_unit: for regression the labels' standard deviation: factor of the learning rate of a head's last layer,
+            the one with a single output.
+
+    Returns:
+        The optimiser.
+    """
+    inside = tuple(f"{head}." for head in heads)
+    last = tuple(
+        f"{name}."
+        for name, layer in model.named_modules()
+        if label_unit != 1.0 and f"{name}.".startswith(inside) and getattr(layer, "out_features", None) == 1
+    )
+    head_rate = config.head_learning_rate or config.learning_rate
+    rates = (config.learning_rate, head_rate, head_rate * label_unit)
+    groups: list[list[nn.Parameter]] = [[], [], []]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[name.startswith(inside) + name.startswith(last)].append(parameter)
+    return AdamW(
+        [{"params": group, "lr": rate} for group, rate in zip(groups, rates, strict=True) if group],
+        weight_decay=config.weight_decay,
+    )
 
 
 def train_phase(

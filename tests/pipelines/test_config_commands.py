@@ -185,7 +185,9 @@ def test_the_committed_schema_is_the_one_that_is_printed(config: Run, tmp_path: 
 
 
 def test_an_output_that_cannot_be_written_is_one_line(config: Run, tmp_path: Path) -> None:
-    assert "output must be a file that can be written, got" in config("schema", "--output", str(tmp_path / "no" / "s"))
+    (tmp_path / "file").write_text("in the way")
+    message = config("schema", "--output", str(tmp_path / "file" / "schema.json"))
+    assert "output must be a file that can be written, got" in message
 
 
 def test_the_schema_is_a_schema_that_describes_every_key() -> None:

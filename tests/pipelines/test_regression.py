@@ -22,6 +22,7 @@ from flowra_pipelines.stages.setting import base_model, load_setting
 from flowra_pipelines.stages.table import WORK
 from flowra_pipelines.statistics import paired_t_p_value, r_squared, spearman
 from flowra_pipelines.tasks import TASKS, load_model
+from flowra_pipelines.training import build_optimizer
 from flowra_testing.tiny_runs import tiny_config, tiny_regression_config, write_tiny_bert, write_tiny_llama
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "formats" / "metrics.schema.json"
@@ -198,6 +199,37 @@ def test_the_offset_of_the_labels_does_not_change_what_is_learned(tmp_path: Path
     for name, (a, b) in found[0].items():
         torch.testing.assert_close(found[1][name][0], a, rtol=0, atol=1e-3)
         torch.testing.assert_close(found[1][name][1], b, rtol=0, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_unit_of_the_labels_does_not_change_what_is_learned(tmp_path: Path) -> None:
+    curves: list[list[float]] = []
+
+    def keep_losses(result: StageResult, folder: Path) -> None:
+        curves.append([value for name, value, _ in result.metrics if name == "train/loss"])
+
+    for unit in (1, 100):
+        folder = tmp_path / str(unit)
+        folder.mkdir()
+        content = tiny_regression_config(folder, unit=unit, zero=5 * unit)
+        content["training"]["max_grad_norm"] = 1e9  # a limit in the unit of the loss
+        run_stage("calibrate", WORK["calibrate"], load_config(content), log=keep_losses)
+    one, hundred = curves
+    assert len(one) == 16
+    assert [loss / 100**2 for loss in hundred] == pytest.approx(one, rel=5e-3)
+
+
+def test_the_last_layer_of_a_head_learns_in_the_labels_unit(tmp_path: Path) -> None:
+    config = load_config(tiny_regression_config(tmp_path, unit=10))
+    setting = load_setting(config)
+    model = base_model(config, setting)
+    heads = setting.task.heads(model)
+    optimizer = build_optimizer(model, config.training, heads=heads, label_unit=setting.data.label_unit)
+    rates = {id(each): group["lr"] for group in optimizer.param_groups for each in group["params"]}
+    for name, parameter in model.named_parameters():
+        factor = setting.data.label_unit if name.startswith("classifier.") else 1.0
+        assert rates[id(parameter)] == pytest.approx(0.02 * factor)
+    assert setting.data.label_unit > 10
 
 
 def test_a_head_that_the_checkpoint_brings_stays_as_it_is(tmp_path: Path) -> None:

@@ -68,9 +68,11 @@ def fine_tuning(
 
     from flowra_pipelines.results_table import results_as_markdown
     from flowra_pipelines.stages.record import STAGES
+    from flowra_pipelines.stages.setting import check_inputs
     from flowra_pipelines.tracking import Tracker
 
     try:
+        check_inputs(settings)
         with Tracker(settings) as tracker:
             done = [
                 stage_task.with_options(name=name, task_run_name=name)(name, content, tracker.parent_run_id, force)

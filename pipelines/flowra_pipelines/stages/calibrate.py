@@ -46,7 +46,7 @@ def calibrate(config: RunConfig, folder: Path) -> StageResult:
         modules_to_save=heads,
         generator=torch.Generator().manual_seed(config.seed),
     )
-    optimizer = build_optimizer(model, config.training, heads=heads)
+    optimizer = build_optimizer(model, config.training, heads=heads, label_unit=setting.data.label_unit)
     curve = train_phase(
         model,
         setting.train,

@@ -125,7 +125,7 @@ def _train(model: PreTrainedModel, config: RunConfig, setting: Setting, heads: l
     train_phase(
         model,
         setting.train,
-        build_optimizer(model, config.training, heads=heads),
+        build_optimizer(model, config.training, heads=heads, label_unit=setting.data.label_unit),
         config=config.training,
         collate=setting.collate,
         first_step=0,

@@ -27,7 +27,8 @@ def resume_phase(
     """Build the optimiser of a model whose adapters are loaded, with the moments an earlier phase left."""
     for layer in lora_layers(model).values():
         layer.dropout = config.adapter.dropout
-    optimizer = build_optimizer(model, config.training, heads=setting.task.heads(model))
+    heads = setting.task.heads(model)
+    optimizer = build_optimizer(model, config.training, heads=heads, label_unit=setting.data.label_unit)
     state = read_training_state(before)
     restore_moments(state, model, optimizer)
     return optimizer, state

@@ -21,6 +21,7 @@ __all__ = [
     "Layers",
     "Setting",
     "base_model",
+    "check_inputs",
     "load_setting",
     "lora_layers",
     "shape_of",
@@ -74,6 +75,17 @@ def _load_setting(model: ModelConfig, data_config: DataConfig) -> Setting:
     data = load_text_data(data_config, label=task.label)
     encode = partial(tokenise, tokenizer=tokenizer, max_length=data_config.max_length)
     return Setting(task=task, tokenizer=tokenizer, data=data, train=encode(data.train), test=encode(data.test))
+
+
+@lru_cache(maxsize=1)
+def check_inputs(config: RunConfig) -> None:
+    """Look at data, model, patterns and budget before anything is written: a run that cannot start leaves nothing.
+
+    A run that has begun is not looked at again; its stages find what is wrong.
+    """
+    if not config.folder.exists():
+        setting = load_setting(config)
+        survey(config, base_model(config, setting), setting.task)
 
 
 def base_model(config: RunConfig, setting: Setting) -> PreTrainedModel:
