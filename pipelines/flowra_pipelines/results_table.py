@@ -3,6 +3,8 @@
 import json
 import shlex
 import sys
+from pathlib import Path
+from shutil import which
 from typing import Any
 
 from rich.table import Table
@@ -34,8 +36,9 @@ def show_results(config: RunConfig) -> None:
     console.print(f"\nTime per stage: {times}")
     console.print(f"Artifacts: {config.folder}")
     console.print(f"Adapter for PEFT and vLLM: {config.folder / 'merge' / 'adapter'}")
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", config.tracking_uri]
-    console.print(f"Compare runs: {shlex.join(command)}")
+    beside = Path(sys.executable).with_name("flowra")  # in an environment that is not activated
+    flowra = "flowra" if which("flowra") or not beside.exists() else str(beside)
+    console.print(f"Compare runs: {shlex.join([flowra, 'ui', '--uri', config.tracking_uri])}")
 
 
 def results_as_markdown(config: RunConfig) -> str:

@@ -64,7 +64,7 @@ def test_it_shows_progress_the_table_the_verdict_and_where_things_are(finished: 
     ):
         assert words in shown
     assert f"Artifacts: {folder / 'runs' / 'tiny'}" in shown
-    assert f"-m flowra_pipelines.cli ui --uri sqlite:///{folder / 'runs' / 'mlflow.db'}" in shown
+    assert f"flowra ui --uri sqlite:///{folder / 'runs' / 'mlflow.db'}" in shown
     assert "Traceback" not in shown
 
 
