@@ -200,10 +200,12 @@ def _stage(name: str, path: Path, overrides: list[str] | None, force: bool) -> N
 
     config = load_config(path, overrides or [])
     _quiet()
+    from flowra_pipelines.stages.record import earlier_records
     from flowra_pipelines.stages.setting import check_inputs
     from flowra_pipelines.stages.table import run_tracked
     from flowra_pipelines.tracking import Tracker
 
+    earlier_records(name, config)  # before anything is written
     check_inputs(config)
     with Tracker(config) as tracker:
         run_tracked(name, config, tracker, force=force)

@@ -109,6 +109,11 @@ def test_a_place_that_cannot_be_written_to(fails: Command, tmp_path: Path) -> No
     assert "folder must be one that can be written to" in fails("calibrate", output_root=str(tmp_path / "file"))
 
 
+def test_a_stage_whose_forerunners_have_not_run_leaves_nothing(fails: Command, tmp_path: Path) -> None:
+    assert "train needs the artifacts of calibrate, got none" in fails("train")
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.fixture
 def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Run everything up to refine, and return the output root."""

@@ -22,7 +22,7 @@ from flowra_pipelines.errors import UserError
 from flowra_pipelines.run_config import RunConfig
 from flowra_pipelines.sources import content_hash, resolve
 
-__all__ = ["STAGES", "StageRecord", "StageResult", "read_record", "run_stage"]
+__all__ = ["STAGES", "StageRecord", "StageResult", "earlier_records", "read_record", "run_stage"]
 
 RECORD = "stage.json"
 FORMAT_VERSION = 2
@@ -141,6 +141,21 @@ def read_record(folder: Path) -> StageRecord | None:
         return None
 
 
+def earlier_records(name: str, config: RunConfig) -> dict[str, StageRecord]:
+    """Return the records of the stages before one.
+
+    Raises:
+        UserError: if one of them has not run.
+    """
+    records = {earlier: read_record(config.folder / earlier) for earlier in STAGES[: STAGES.index(name)]}
+    for earlier, record in records.items():
+        if record is None:
+            raise UserError(
+                f"{name} needs the artifacts of {earlier}, got none in {config.folder}. Run `flowra {earlier}`."
+            )
+    return {earlier: record for earlier, record in records.items() if record is not None}
+
+
 def _reads(config: RunConfig) -> dict[str, str]:
     """Hash what each stage and those before it read of the configuration, and of the files outside the run."""
     values = config.model_dump(mode="json")
@@ -173,12 +188,7 @@ def _fingerprint(name: str, config: RunConfig, reads: Mapping[str, str]) -> str:
     """
     content: dict[str, Any] = {"reads": reads[name], "code": _code_hash()}
     content["versions"] = {package: version(package) for package in ("torch", "transformers")}
-    for earlier in STAGES[: STAGES.index(name)]:
-        record = read_record(config.folder / earlier)
-        if record is None:
-            raise UserError(
-                f"{name} needs the artifacts of {earlier}, got none in {config.folder}. Run `flowra {earlier}`."
-            )
+    for earlier, record in earlier_records(name, config).items():
         if record.reads != reads[earlier]:
             raise UserError(
                 f"{name} needs artifacts of {earlier} for this base, data and configuration, got others in"
