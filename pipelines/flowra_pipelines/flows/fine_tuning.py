@@ -5,6 +5,8 @@ again is decided by the content of what it reads (``stages/record.py``), not by 
 files nor helper functions.
 """
 
+import atexit
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ __all__ = ["fine_tuning"]
 
 # Heavy imports happen inside, so that `prefect deploy`, which reads the signature, is quick. Prefect stores the
 # exception of a failed run even where results are not persisted, and as a pickle unless a serializer is named.
+
+# At exit the interpreter would look for garbage among a million live objects, which takes seconds.
+atexit.register(gc.freeze)
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, result_serializer="json")
