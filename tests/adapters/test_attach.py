@@ -66,15 +66,18 @@ def test_patterns_that_agree_may_overlap() -> None:
 BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "no_ranks": ({"ranks": {}}, "ranks must name at least one module"),
     "unknown_method": ({"method": "dora2"}, r"method must be one of \['lora', 'rslora'\], got 'dora2'"),
-    "empty_name": ({"adapter": ""}, "adapter must be a name without dots, got ''"),
-    "dotted_name": ({"adapter": "a.b"}, "adapter must be a name without dots, got 'a.b'"),
+    "empty_name": ({"adapter": ""}, "adapter must be a name without dots and colons, got ''"),
+    "dotted_name": ({"adapter": "a.b"}, "adapter must be a name without dots and colons, got 'a.b'"),
     "typo": ({"ranks": {"up": 2, "dwon": 2}}, "got 'dwon'. Nearest names: down"),
     "conflict": ({"ranks": {"u*": 2, "?p": 3}}, r"patterns must agree on a rank, got 'u\*': 2 and '\?p': 3 for 'up'"),
     "rank_too_large": (
         {"ranks": {"up": 2, "head": 4}},
-        r"rank must be in \[0, min\(3, 6\)\], got 4; for module 'head'",
+        r"rank must be in \[0, 3\] for a weight \(3, 6\), got 4; for module 'head'",
     ),
-    "rank_negative": ({"ranks": {"up": -1}}, r"rank must be in \[0, min\(12, 8\)\], got -1; for module 'up'"),
+    "rank_negative": (
+        {"ranks": {"up": -1}},
+        r"rank must be in \[0, 8\] for a weight \(12, 8\), got -1; for module 'up'",
+    ),
     "rank_not_whole": ({"ranks": {"up": 2.0}}, "rank must be a whole number, got 2.0 for 'up'"),
     "rank_bool": ({"ranks": {"up": True}}, "rank must be a whole number, got True for 'up'"),
     "scaling_zero": ({"scaling": 0.0}, "scaling must be finite and not 0, got 0.0"),
@@ -423,7 +426,7 @@ def test_an_empty_batch_gives_an_empty_output() -> None:
     [
         (torch.zeros(8), r"rows must have shape \(k, 8\), got \(8,\)"),
         (torch.zeros(1, 7), r"rows must have shape \(k, 8\), got \(1, 7\)"),
-        (torch.zeros(7, 8), r"rank must be in \[0, min\(12, 8\)\], got 2 \+ 7"),
+        (torch.zeros(7, 8), r"rank must be in \[0, 8\], got 2 \+ 7"),
     ],
     ids=["one_dimension", "wrong_size", "too_many"],
 )

@@ -133,7 +133,7 @@ def test_a_rank_above_the_layer_s_size_is_refused(folder: Path) -> None:
 
     edit_tensors(folder, change)
     edit_config(folder, {"rank_pattern": {"up": 9, "down": 2}})
-    assert_refused(folder, r"rank must be in \[0, min\(12, 8\)\], got 9; for module 'up'")
+    assert_refused(folder, r"rank must be in \[0, 8\] for a weight \(12, 8\), got 9; for module 'up'")
 
 
 BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {

@@ -45,7 +45,7 @@ def derivatives(model: nn.Module, one: LoRA, x: Tensor) -> list[Tensor]:
 @pytest.fixture
 def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     """Count where the fused step is taken."""
-    module = import_module("flowra_adapters.attach")  # the package's attribute of this name is the function
+    module = import_module("flowra_adapters.applying")
     calls: list[nn.Module] = []
     original = module.fused_update
 

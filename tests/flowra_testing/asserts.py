@@ -8,7 +8,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from flowra_adapters import Adapter, attach, disable, disabled, enable, in_layout_of, merge, merged, unmerge
+from flowra_adapters import Adapter, attach, detach, disable, disabled, enable, merge, merged, sites, unmerge
 from flowra_testing.adapter_table import LayerType, Method
 from flowra_testing.tiny_models import seeded
 
@@ -44,6 +44,8 @@ class Case:
     model: Host
     x: Tensor
     base_output: Tensor
+    site: str
+    """Name of what is adapted."""
 
     @property
     def layer(self) -> nn.Module:
@@ -53,8 +55,9 @@ class Case:
     @property
     def weight(self) -> Tensor:
         """Its weight."""
-        weight = self.model.layer.weight
-        assert isinstance(weight, Tensor)
+        site = sites(self.model)[self.site]
+        weight = site.owner._parameters[site.parameter]
+        assert weight is not None
         return weight
 
     def output(self) -> Tensor:
@@ -71,12 +74,12 @@ def build_case(layer_type: LayerType, dtype: torch.dtype) -> Case:
         output = layer(x)
     with seeded(3):
         model = Host(layer, output).to(dtype).eval()
-    return Case(model, x, output)
+    return Case(model, x, output, layer_type.name)
 
 
 def attach_to(case: Case, method: Method, rank: int, *, adapter: str = "default") -> Adapter:
     """Attach one adapter of the method to the layer of the case."""
-    return attach(case.model, {"layer": rank}, method=method.key, adapter=adapter, **strength(method))["layer"]
+    return attach(case.model, {case.site: rank}, method=method.key, adapter=adapter, **strength(method))[case.site]
 
 
 def strength(method: Method) -> dict[str, float]:
@@ -97,6 +100,15 @@ def trained_case(method: Method, layer_type: LayerType, dtype: torch.dtype) -> t
     adapter = attach_to(case, method, layer_type.rank)
     randomise(adapter)
     return case, adapter
+
+
+def delta_of(case: Case, adapter: Adapter) -> Tensor:
+    """Materialise an adapter's update of the case's weight as it is now."""
+    place = sites(case.model)[case.site]
+    weight = (
+        case.weight.detach() if place.part is None else place.part.of(place.whole.to_standard(case.weight.detach()))
+    )
+    return adapter.delta_weight(weight if place.part is not None else place.operator.to_standard(weight)).detach()
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -120,16 +132,18 @@ def assert_identity_at_birth(method: Method, layer_type: LayerType, dtype: torch
 def assert_delta_weight_is_the_update(method: Method, layer_type: LayerType, dtype: torch.dtype) -> None:
     """The materialised update has the weight's layout, at least float32, and explains the change of the output."""
     case, adapter = trained_case(method, layer_type, dtype)
-    delta = in_layout_of(case.layer, adapter.delta_weight())
-    assert delta.shape == case.weight.shape
+    place = sites(case.model)[case.site]
+    delta = adapter.operator.to_stored(delta_of(case, adapter))
     assert torch.promote_types(delta.dtype, torch.float32) == delta.dtype
-    probe = deepcopy(case.layer)
-    del probe.adapters
-    probe._forward_hooks.clear()
-    wide = probe.double()
+    probe = deepcopy(case)
+    detach(probe.model)
+    probe.model.double()
     with torch.no_grad():
-        wide.weight.add_(delta.double())
-        assert_close(case.output(), wide(case.x.double()), MERGE_TOLERANCE[dtype])
+        target = probe.weight if place.part is None else place.part.of(probe.weight)
+        assert delta.shape == target.shape
+        target.add_(delta.double())
+        wide = probe.layer(probe.x.double() if probe.x.is_floating_point() else probe.x)
+    assert_close(case.output(), wide, MERGE_TOLERANCE[dtype])
     assert not torch.equal(case.output(), case.base_output)
 
 
@@ -205,7 +219,7 @@ def _train(case: Case, *, steps: int, watch: Callable[[], None] = lambda: None) 
     case.model.train()
     for step in range(steps):
         optimizer.zero_grad()
-        x = case.x + 0.1 * step
+        x = case.x + 0.1 * step if case.x.is_floating_point() else case.x
         (case.model(x).double() - 1).square().mean().backward()
         watch()
         optimizer.step()
@@ -214,7 +228,7 @@ def _train(case: Case, *, steps: int, watch: Callable[[], None] = lambda: None) 
 def assert_only_adapters_learn(method: Method, layer_type: LayerType, dtype: torch.dtype) -> None:
     """After AdamW steps no base parameter or buffer has changed; adapters and modules trained in full have."""
     case = build_case(layer_type, dtype)
-    attach(case.model, {"layer": layer_type.rank}, method=method.key, modules_to_save=["head"], **strength(method))
+    attach(case.model, {case.site: layer_type.rank}, method=method.key, modules_to_save=["head"], **strength(method))
     before = {name: tensor.clone() for name, tensor in case.model.state_dict().items()}
     _train(case, steps=3)
     changed = {name for name, tensor in case.model.state_dict().items() if not torch.equal(tensor, before[name])}
@@ -246,18 +260,18 @@ def assert_growth_is_continuous(method: Method, layer_type: LayerType, dtype: to
     adapter = attach_to(case, method, 0 if layer_type.rank == 1 else 1)
     scaling = adapter.scaling
     randomise(adapter)
-    before, delta = case.output(), adapter.delta_weight().detach()
+    before, delta = case.output(), delta_of(case, adapter)
     adapter.grow(layer_type.rows(layer_type.rank - adapter.rank))
     assert adapter.rank == layer_type.rank
     assert adapter.scaling == scaling
     assert_close(case.output(), before, GROWTH_TOLERANCE[dtype])
-    assert_close(adapter.delta_weight(), delta, GROWTH_TOLERANCE[dtype])
+    assert_close(delta_of(case, adapter), delta, GROWTH_TOLERANCE[dtype])
 
 
 def assert_shrink_loses_exactly_the_dropped_product(method: Method, layer_type: LayerType, dtype: torch.dtype) -> None:
     """What a shrink drops and what it keeps add up to what was there; the scaling stays."""
     case, adapter = trained_case(method, layer_type, dtype)
-    whole = adapter.delta_weight().detach()
+    whole = delta_of(case, adapter)
     indices, scaling = list(range(adapter.rank)), adapter.scaling
     keep, drop = indices[::2][::-1], indices[1::2]
     dropped = deepcopy(adapter)
@@ -265,11 +279,11 @@ def assert_shrink_loses_exactly_the_dropped_product(method: Method, layer_type: 
     adapter.shrink(keep)
     assert adapter.rank == len(keep)
     assert adapter.scaling == dropped.scaling == scaling
-    assert_close(adapter.delta_weight() + dropped.delta_weight(), whole, PRODUCT_TOLERANCE[dtype])
+    assert_close(delta_of(case, adapter) + delta_of(case, dropped), whole, PRODUCT_TOLERANCE[dtype])
     if drop:
-        assert not torch.equal(adapter.delta_weight(), whole)
+        assert not torch.equal(delta_of(case, adapter), whole)
     else:
-        assert torch.equal(adapter.delta_weight(), whole)
+        assert torch.equal(delta_of(case, adapter), whole)
     assert torch.isfinite(case.output()).all()
 
 
@@ -281,8 +295,8 @@ def assert_rank_zero_is_a_normal_value(method: Method, layer_type: LayerType, dt
     scaling = adapter.scaling
     assert adapter.rank == 0
     assert adapter.num_parameters() == 0
-    assert in_layout_of(case.layer, adapter.delta_weight()).shape == case.weight.shape
-    assert adapter.delta_weight().count_nonzero() == 0
+    assert delta_of(case, adapter).shape == adapter.operator.shape
+    assert delta_of(case, adapter).count_nonzero() == 0
     merge(case.model)
     unmerge(case.model)
     assert torch.equal(case.weight, base)

@@ -7,23 +7,41 @@ of the layer it adapts, and its update is added to the layer's output.
 
 from importlib.metadata import version
 
-from flowra_adapters.adapter import Adapter
-from flowra_adapters.attach import METHODS, AdapterMethod, adapters, attach, delete, detach, disable, disabled, enable
+from flowra_adapters.adapter import Adapter, Base
+from flowra_adapters.attach import adapters, attach, delete, detach, disable, disabled, enable
 from flowra_adapters.checkpoint import AdapterCheckpoint, checkpoint_of
-from flowra_adapters.layers import in_layout_of, linear_size
+from flowra_adapters.layers import linear_size
 from flowra_adapters.lora import LoRA
-from flowra_adapters.matching import adaptable_modules, match_modules
+from flowra_adapters.matching import adaptable_modules, adaptable_sites, match_modules, match_sites
 from flowra_adapters.merge import merge, merged, unmerge
+from flowra_adapters.methods import METHODS, AdapterMethod
+from flowra_adapters.operators import (
+    ConvOperator,
+    EmbeddingOperator,
+    LinearOperator,
+    Operator,
+    ParameterOperator,
+    operator_of,
+)
 from flowra_adapters.peft_reader import load_adapter, read_checkpoint
 from flowra_adapters.peft_writer import save_adapter, write_checkpoint
+from flowra_adapters.sites import Site, sites
 
 __all__ = [
     "METHODS",
     "Adapter",
     "AdapterCheckpoint",
     "AdapterMethod",
+    "Base",
+    "ConvOperator",
+    "EmbeddingOperator",
+    "LinearOperator",
     "LoRA",
+    "Operator",
+    "ParameterOperator",
+    "Site",
     "adaptable_modules",
+    "adaptable_sites",
     "adapters",
     "attach",
     "checkpoint_of",
@@ -32,14 +50,16 @@ __all__ = [
     "disable",
     "disabled",
     "enable",
-    "in_layout_of",
     "linear_size",
     "load_adapter",
     "match_modules",
+    "match_sites",
     "merge",
     "merged",
+    "operator_of",
     "read_checkpoint",
     "save_adapter",
+    "sites",
     "unmerge",
     "write_checkpoint",
 ]

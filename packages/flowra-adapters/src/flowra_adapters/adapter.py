@@ -1,30 +1,59 @@
 """The seam between a method and the machinery.
 
 A method says how its update is parameterised, applied, materialised, resized and counted. It never touches the layer
-it adapts: the machinery (:mod:`flowra_adapters.attach`, :mod:`flowra_adapters.merge`, the readers and writers) does
-that once for all methods.
+it adapts: it knows the layer's :class:`~flowra_adapters.operators.Operator`, a value. The machinery
+(:mod:`flowra_adapters.attach`, :mod:`flowra_adapters.applying`, :mod:`flowra_adapters.merge`, the readers and writers)
+does the rest once for all methods.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Adapter", "AdapterDict"]
+from flowra_adapters.operators import Operator, ParameterOperator
+
+if TYPE_CHECKING:
+    from flowra_adapters.sites import Site
+
+__all__ = ["Adapter", "AdapterDict", "Base"]
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """What a layer does without adapters."""
+
+    output: Tensor
+    """For the input at hand, bias excluded."""
+    weight: Tensor
+    """In the standard layout ``(m, n/g, *kernel)``, detached."""
 
 
 class Adapter(nn.Module, ABC):
-    """One method's update of one layer's weight.
+    """One method's update of one weight.
 
     Attributes:
+        operator: how the layer uses the weight.
         scaling: the factor ``s`` of the update. Fixed at birth: it does not depend on the current rank, so that growing
             or shrinking never rescales the directions that stay.
         enabled: whether the layer adds this update to its output.
+        reads_base: whether the update depends on the base weight; then :meth:`forward` and :meth:`delta_weight` are
+            given it.
     """
 
+    operator: Operator
     scaling: float
     enabled: bool
+    reads_base: ClassVar[bool] = False
+
+    def __init__(self, operator: Operator, *, scaling: float = 1.0) -> None:
+        super().__init__()
+        self.operator = operator
+        self.scaling = scaling
+        self.enabled = True
 
     @property
     @abstractmethod
@@ -32,12 +61,20 @@ class Adapter(nn.Module, ABC):
         """Current rank, ≥ 0. An adapter of rank 0 holds no parameters and contributes nothing, but may grow."""
 
     @abstractmethod
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, base: Base | None = None) -> Tensor:
         """Apply the update to the layer's input; the result is added to the layer's output."""
 
     @abstractmethod
-    def delta_weight(self) -> Tensor:
-        """Materialise ΔW as ``(m, n)``, output by input, in the dtype of the adapter (at least float32)."""
+    def delta_weight(self, weight: Tensor | None = None) -> Tensor:
+        """Materialise ΔW in the standard layout ``(m, n/g, *kernel)``, in at least float32, differentiably.
+
+        Args:
+            weight: the base weight in the standard layout, where ``reads_base``.
+        """
+
+    def materialises(self, x: Tensor) -> bool:
+        """Tell whether for this input W + ΔW should take the weight's place, instead of adding to the output."""
+        return isinstance(self.operator, ParameterOperator)
 
     def plain_factors(self) -> tuple[Tensor, Tensor] | None:
         """Return (A ``(r, n)``, B ``(m, r)``) if the update in this pass is exactly s · (x Aᵀ) Bᵀ, else None.
@@ -48,7 +85,7 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def grow(self, rows: Tensor) -> None:
-        """Append directions given by their input side; the output does not change."""
+        """Append directions given by their input side ``(k, n·∏k)``; the output does not change."""
 
     @abstractmethod
     def shrink(self, keep: Sequence[int]) -> None:
@@ -60,31 +97,41 @@ class Adapter(nn.Module, ABC):
         """Parameters that one more unit of rank costs."""
 
     def num_parameters(self) -> int:
-        """Count the adapter's parameters at its current rank."""
+        """Count the adapter's trainable parameters at its current rank."""
         return sum(parameter.numel() for parameter in self.parameters())
 
 
 class AdapterDict(nn.ModuleDict):
-    """The adapters of one layer, by name, and what merging them needs to remember.
+    """The adapters of one module's parameters, and what applying and merging them needs to remember.
+
+    Keys are ``<adapter>`` for the module's weight and ``<adapter>:<label>`` for another parameter or a part of one.
 
     Attributes:
-        merged: names of the adapters whose updates are in the layer's weight now.
-        kept_weight: the base weight before the first merge, if it is kept.
-        added: sum of the updates in the weight, if the base weight is not kept.
-        hook: what adds the updates to the layer's output.
+        sites: what each key adapts.
+        merged: keys whose updates are in the parameters now.
+        kept: parameter to its value before the first merge, if it is kept.
+        added: parameter to the sum of the updates in it, if its value is not kept.
+        shadowed: keys whose updates stand in the place of their parameters during the pass that is under way.
+        hooks: what applies the updates.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.sites: dict[str, Site] = {}
         self.merged: tuple[str, ...] = ()
-        self.kept_weight: Tensor | None = None
-        self.added: Tensor | None = None
-        self.hook: torch.utils.hooks.RemovableHandle | None = None
+        self.kept: dict[str, Tensor] = {}
+        self.added: dict[str, Tensor] = {}
+        self.shadowed: tuple[str, ...] = ()
+        self.hooks: dict[str, RemovableHandle] = {}
+
+    def named(self, adapter: str) -> dict[str, Adapter]:
+        """Return the adapters of one set, by key."""
+        return {key: one for key, one in self.each() if key.partition(":")[0] == adapter}
+
+    def each(self) -> list[tuple[str, Adapter]]:
+        """Return keys and adapters."""
+        return [(key, one) for key, one in self._modules.items() if isinstance(one, Adapter)]
 
     def active(self) -> dict[str, Adapter]:
-        """Return the adapters whose update must be added to the output now."""
-        return {
-            name: adapter
-            for name, adapter in self.items()
-            if isinstance(adapter, Adapter) and adapter.enabled and adapter.rank > 0 and name not in self.merged
-        }
+        """Return the adapters whose update must be applied now."""
+        return {key: one for key, one in self.each() if one.enabled and key not in self.merged and one.rank > 0}

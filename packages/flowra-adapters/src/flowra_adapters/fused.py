@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from flowra_adapters.layers import in_layout_of, is_conv1d
+from flowra_adapters.layers import is_conv1d
 
 __all__ = ["can_fuse", "fused_update"]
 
@@ -29,11 +29,15 @@ def can_fuse(layer: nn.Module, x: Tensor, output: Tensor, factor: Tensor) -> boo
     Returns:
         Whether it may.
     """
+    own = layer._parameters
+    weight, bias = own.get("weight"), own.get("bias")
     return (
         (type(layer) is nn.Linear or is_conv1d(layer))
         and len(layer._forward_hooks) == 1
         and "forward" not in layer.__dict__
-        and not any(parameter.requires_grad for parameter in layer._parameters.values() if parameter is not None)
+        and weight is not None
+        and not weight.requires_grad
+        and (bias is None or not bias.requires_grad)
         and x.dtype == output.dtype == factor.dtype
         and x.layout == torch.strided
         and not torch.is_autocast_enabled(x.device.type)
@@ -58,32 +62,37 @@ def fused_update(layer: nn.Module, x: Tensor, output: Tensor, lora_A: Tensor, lo
     Returns:
         ``(…, m)``, differentiable in x and the factors, any number of times.
     """
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    base = output.detach()
-    y, _ = _FusedUpdate.apply(x, base, in_layout_of(layer, weight), lora_A, lora_B, scaling)  # type: ignore[no-untyped-call]
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    in_rows = weight if type(layer) is nn.Linear else weight.T
+    y, _ = _FusedUpdate.apply(x, output.detach(), in_rows, lora_A, lora_B, scaling)  # type: ignore[no-untyped-call]
     assert isinstance(y, Tensor)
     return y
 
 
 class _FusedUpdate(torch.autograd.Function):
-    """z is an output, too, so that a second derivative sees how it depends on x and A."""
+    """z is an output, too, so that a second derivative sees how it depends on x and A.
+
+    The older form with one ``forward``: a separate ``setup_context`` costs a look at the signature on every call.
+    """
 
     @staticmethod
     def forward(
-        x: Tensor, base: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+        ctx: Any,  # noqa: ANN401 - torch's
+        x: Tensor,
+        base: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
     ) -> tuple[Tensor, Tensor]:
         z = F.linear(x, lora_A)
         base.view(-1, base.shape[-1]).addmm_(z.view(-1, z.shape[-1]), lora_B.T, alpha=scaling)
-        return base, z
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ANN401 - torch's
-        x, base, weight, lora_A, lora_B, scaling = inputs
         ctx.mark_dirty(base)
         ctx.set_materialize_grads(False)
         ctx.scaling = scaling
-        ctx.save_for_backward(x, weight, lora_A, lora_B, output[1])
+        ctx.save_for_backward(x, weight, lora_A, lora_B, z)
+        return base, z
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, gradient_z: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401

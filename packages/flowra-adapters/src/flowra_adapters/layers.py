@@ -1,4 +1,4 @@
-"""What a linear layer is: y = x Wᵀ + b, its size, and how its weight lies in memory.
+"""What a linear layer is: y = x Wᵀ + b, and its size.
 
 ``nn.Linear`` stores W as ``(m, n)``. The ``Conv1D`` of ``transformers`` (GPT-2 and its kin) is the same map with the
 weight stored as ``(n, m)``; it is recognised by name, so that this package does not need ``transformers``.
@@ -8,7 +8,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-__all__ = ["in_layout_of", "is_conv1d", "is_linear", "linear_size"]
+__all__ = ["is_conv1d", "is_linear", "linear_size"]
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -29,8 +29,3 @@ def linear_size(layer: nn.Module) -> tuple[int, int]:
         return layer.out_features, layer.in_features
     n, m = cast(Tensor, layer.weight).shape
     return m, n
-
-
-def in_layout_of(layer: nn.Module, matrix: Tensor) -> Tensor:
-    """Turn a matrix ``(m, n)`` into the layout of the layer's weight, or the weight into ``(m, n)``; a view."""
-    return matrix.T if is_conv1d(layer) else matrix

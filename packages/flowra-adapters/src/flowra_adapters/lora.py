@@ -1,7 +1,10 @@
-"""LoRA: ΔW = s · B A on a linear layer (Hu et al. 2022, arXiv:2106.09685, section 4.1).
+"""LoRA: ΔW = s · B A (Hu et al. 2022, arXiv:2106.09685, section 4.1), on every layer with a known operator.
 
-Conventions: A is ``(r, n)``, B is ``(m, r)`` for a weight ``(m, n)``; y += s · (drop(x) Aᵀ) Bᵀ.
-Deviation from the paper: ``s`` is a constant of the module, fixed at birth, and not α/r of the current rank.
+Conventions: A is ``(r, n·∏k)``, B is ``(m, r)`` for a weight ``(m, n/g, *kernel)``; y += s · B (A * x). A convolution
+in g groups gets an update of rank r in each of them: block j of B's rows times block j of A's columns, so that
+parameters, growth and cost are those of one group, and every rank is allowed.
+Deviations from the paper: ``s`` is a constant of the module, fixed at birth, and not α/r of the current rank; an update
+may start from factors other than B = 0 without touching the base (:class:`LoRA`, ``offset``).
 """
 
 import math
@@ -11,30 +14,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowra_adapters.adapter import Adapter
+from flowra_adapters.adapter import Adapter, Base
+from flowra_adapters.operators import EmbeddingOperator, Operator
 
 __all__ = ["LoRA"]
 
 
 class LoRA(Adapter):
-    """Low-rank update of a linear layer.
+    """Low-rank update of a layer.
 
-    At birth A is uniform on ±1/√n and B is zero, so the output of the layer is unchanged, bit by bit.
+    At birth one factor is zero, so the output of the layer is unchanged, bit by bit: B, while A is uniform on
+    ±1/√(n·∏k); on an embedding A, while B is standard normal.
 
     Args:
-        in_features: n, size of the layer's input.
-        out_features: m, size of the layer's output.
-        rank: 0 ≤ rank ≤ min(m, n).
+        operator: of the layer.
+        rank: 0 ≤ rank ≤ min(m, n·∏k) / g.
         scaling: s, a finite number other than 0; constant for the life of the adapter.
         dropout: probability in [0, 1) of dropping an input element, in training mode, on the adapter's path only.
         dtype: of both factors. Device: of the generator.
-        generator: source of randomness for A.
+        generator: source of randomness.
 
     Attributes:
-        lora_A: ``(r, n)``. Replaced by a new Parameter whenever the rank changes.
+        lora_A: ``(r, n·∏k)``. Replaced by a new Parameter whenever the rank changes.
         lora_B: ``(m, r)``. Likewise.
-        observer: called with the bottleneck activation z = A x, ``(…, r)``, on every forward pass, or None. This is
-            how statistics are gathered as a by-product of training.
+        offset_A, offset_B: None, or constant factors of which s · offset_B · offset_A is taken off the update: the
+            start of a trained pair that did not start at zero (:meth:`start_from`).
+        observer: called with the bottleneck activation z = A x, channels last, ``(…, r)``, on every forward pass, or
+            None. This is how statistics are gathered as a by-product of training.
 
     Raises:
         ValueError: if rank, scaling or dropout is out of range.
@@ -42,11 +48,12 @@ class LoRA(Adapter):
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    offset_A: Tensor | None
+    offset_B: Tensor | None
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
+        operator: Operator,
         *,
         rank: int,
         scaling: float,
@@ -54,21 +61,20 @@ class LoRA(Adapter):
         dtype: torch.dtype,
         generator: torch.Generator,
     ) -> None:
-        super().__init__()
-        if not 0 <= rank <= min(in_features, out_features):
-            raise ValueError(f"rank must be in [0, min({out_features}, {in_features})], got {rank}")
-        if not math.isfinite(scaling) or scaling == 0:
-            raise ValueError(f"scaling must be finite and not 0, got {scaling}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-        self.scaling = scaling
+        super().__init__(operator, scaling=scaling)
+        _check(operator, rank, scaling, dropout)
         self.dropout = dropout
-        self.enabled = True
         self.observer: Callable[[Tensor], None] | None = None
-        device = generator.device
-        bound = 1 / math.sqrt(in_features)
-        lora_A = torch.empty(rank, in_features, dtype=dtype, device=device).uniform_(-bound, bound, generator=generator)
-        self.replace_factors(lora_A, torch.zeros(out_features, rank, dtype=dtype, device=device))
+        self.register_buffer("offset_A", None)
+        self.register_buffer("offset_B", None)
+        m, n = operator.out_size, operator.in_size
+        lora_A, lora_B = (torch.zeros(shape, dtype=dtype, device=generator.device) for shape in ((rank, n), (m, rank)))
+        if isinstance(operator, EmbeddingOperator):
+            lora_B.normal_(generator=generator)
+        else:
+            bound = 1 / math.sqrt(n)
+            lora_A.uniform_(-bound, bound, generator=generator)
+        self.replace_factors(lora_A, lora_B)
 
     @property
     def rank(self) -> int:
@@ -77,40 +83,65 @@ class LoRA(Adapter):
 
     @property
     def cost_per_rank(self) -> int:
-        """Parameters per unit of rank: m + n."""
-        return self.lora_A.shape[1] + self.lora_B.shape[0]
+        """Parameters per unit of rank: m + n·∏k."""
+        return self.operator.out_size + self.operator.in_size
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``(…, n)`` to ``(…, m)``; computed in the dtype of the factors."""
-        dropped = F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training)
-        z = F.linear(dropped, self.lora_A)
+    def forward(self, x: Tensor, base: Base | None = None) -> Tensor:
+        """Map the layer's input to the update of its output; computed in the dtype of the factors."""
+        if self.training and self.dropout > 0:
+            x = F.dropout(x.to(self.lora_A.dtype), self.dropout)
         if self.observer is not None:
-            self.observer(z)
-        return F.linear(z, self.lora_B) * self.scaling
+            return self._observed(x, self.observer)
+        lora_A, lora_B = self._factors()
+        return self.operator.pointwise(self.operator.down(x, lora_A), lora_B) * self.scaling
+
+    def _observed(self, x: Tensor, observer: Callable[[Tensor], None]) -> Tensor:
+        """Apply the update with z, channels last, as a tensor of the graph that gradients pass."""
+        z = self.operator.down(x, self.lora_A).movedim(self.operator.channel_dim, -1)
+        observer(z)
+        update = self.operator.pointwise(z.movedim(-1, self.operator.channel_dim), self.lora_B)
+        if self.offset_A is not None and self.offset_B is not None:
+            update = update - self.operator.pointwise(self.operator.down(x, self.offset_A), self.offset_B)
+        return update * self.scaling
 
     def plain_factors(self) -> tuple[Tensor, Tensor] | None:
-        """Return (A, B) unless dropout acts or an observer wants to see z."""
-        if self.observer is not None or (self.training and self.dropout > 0):
+        """Return the factors unless dropout acts or an observer wants to see z."""
+        if self.observer is not None or (self.dropout > 0 and self.training):
             return None
-        return self.lora_A, self.lora_B
+        return self._factors()
 
-    def delta_weight(self) -> Tensor:
-        """Return s · B A, ``(m, n)``, computed in at least float32."""
-        a, b = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (self.lora_A, self.lora_B))
-        return self.scaling * (b @ a)
+    def delta_weight(self, weight: Tensor | None = None) -> Tensor:
+        """Return s · B A in the standard layout, computed in at least float32."""
+        lora_A, lora_B = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in self._factors())
+        return self.scaling * self.operator.product(lora_B, lora_A)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """Return A and B, and behind them those of the offset."""
+        if self.offset_A is None or self.offset_B is None:
+            return self.lora_A, self.lora_B
+        return torch.cat([self.lora_A, self.offset_A]), torch.cat([self.lora_B, -self.offset_B], 1)
+
+    def start_from(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Install factors with B A ≠ 0 and subtract their product as a constant: the output stays what it was.
+
+        The update is then s · (B A - offset_B offset_A). This is how initialisations that take their start out of the
+        base weight (PiSSA, OLoRA, …) work here without changing the base.
+        """
+        self.replace_factors(lora_A.to(self.lora_A), lora_B.to(self.lora_B))
+        self.offset_A, self.offset_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
 
     def grow(self, rows: Tensor) -> None:
         """Append ``rows`` ``(k, n)`` to A and k zero columns to B: ΔW is unchanged, ∂L/∂B of the new columns is not 0.
 
         Raises:
-            ValueError: if the rows do not fit the layer, or the new rank would exceed min(m, n).
+            ValueError: if the rows do not fit the layer, or the new rank would exceed its largest.
         """
-        m, n = self.lora_B.shape[0], self.lora_A.shape[1]
+        n, largest = self.operator.in_size, self.operator.max_rank
         if rows.ndim != 2 or rows.shape[1] != n:
             raise ValueError(f"rows must have shape (k, {n}), got {tuple(rows.shape)}")
-        if self.rank + len(rows) > min(m, n):
-            raise ValueError(f"rank must be in [0, min({m}, {n})], got {self.rank} + {len(rows)}")
-        new_columns = self.lora_B.new_zeros(m, len(rows))
+        if self.rank + len(rows) > largest:
+            raise ValueError(f"rank must be in [0, {largest}], got {self.rank} + {len(rows)}")
+        new_columns = self.lora_B.new_zeros(len(self.lora_B), len(rows))
         self.replace_factors(
             torch.cat([self.lora_A.detach(), rows.to(self.lora_A)]), torch.cat([self.lora_B.detach(), new_columns], 1)
         )
@@ -137,7 +168,18 @@ class LoRA(Adapter):
 
     def extra_repr(self) -> str:
         """Show what defines the adapter in ``print(model)``."""
-        m, n = self.lora_B.shape[0], self.lora_A.shape[1]
+        m, n = self.operator.out_size, self.operator.in_size
         return (
             f"in_features={n}, out_features={m}, rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout:g}"
         )
+
+
+def _check(operator: Operator, rank: int, scaling: float, dropout: float) -> None:
+    if not 0 <= rank <= operator.max_rank:
+        raise ValueError(f"rank must be in [0, {operator.max_rank}] for a weight {operator.shape}, got {rank}")
+    if not math.isfinite(scaling) or scaling == 0:
+        raise ValueError(f"scaling must be finite and not 0, got {scaling}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    if dropout > 0 and isinstance(operator, EmbeddingOperator):
+        raise ValueError(f"dropout must be 0 on an embedding, whose input are ids, got {dropout}")

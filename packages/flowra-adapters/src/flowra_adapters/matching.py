@@ -1,85 +1,158 @@
-"""Which modules a name or pattern means."""
+"""Which sites a name or pattern means."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 
 from torch import nn
-from torch.nn.utils import parametrize
 
-from flowra_adapters.adapter import AdapterDict
-from flowra_adapters.layers import is_linear
+from flowra_adapters.operators import (
+    ConvOperator,
+    EmbeddingOperator,
+    LinearOperator,
+    Operator,
+    ParameterOperator,
+)
+from flowra_adapters.sites import Site, sites
 
-__all__ = ["adaptable_modules", "match_modules"]
+__all__ = ["GROUPS", "adaptable_modules", "adaptable_sites", "low_rank", "match_modules", "match_sites"]
 
-ALL_LINEAR = "all-linear"
+
+def low_rank(operator: Operator) -> bool:
+    """Tell whether a weight is a matrix, or a stack of filters, that a low-rank update fits."""
+    return not isinstance(operator, ParameterOperator) or len(operator.shape) == 2
+
+
+def _is_norm(site: Site) -> bool:
+    """Tell whether a site is a normalisation's gain or shift: vectors of a module that holds nothing else."""
+    own = [each for each in site.owner._parameters.values() if each is not None]
+    return (
+        site.parameter in ("weight", "bias")
+        and all(each.ndim == 1 for each in own)
+        and "weight" in site.owner._parameters
+    )
+
+
+GROUPS: Mapping[str, Callable[[Site], bool]] = MappingProxyType({
+    "all-linear": lambda site: isinstance(site.operator, LinearOperator) and site.part is None,
+    "all-conv": lambda site: isinstance(site.operator, ConvOperator),
+    "all-layers": lambda site: isinstance(site.operator, LinearOperator | ConvOperator) and site.part is None,
+    "all-embeddings": lambda site: isinstance(site.operator, EmbeddingOperator),
+    "all-norms": _is_norm,
+    "all-biases": lambda site: site.parameter == "bias" and not _is_norm(site),
+})
+"""Patterns that mean a kind of site."""
 
 
 def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """List the modules that can carry an adapter, by qualified name, in the model's own order.
+    """List the linear layers that can carry an adapter, by qualified name, in the model's own order.
 
-    These are linear layers (``nn.Linear``, and the ``Conv1D`` of ``transformers``) whose weight is a parameter of their
-    own and whose forward is called. Not listed: the model itself, parametrised weights (a merge would be lost), what
-    hangs inside ``nn.MultiheadAttention`` (it reads the weights and calls nothing), and the modules of adapters that
-    are already attached.
+    These are ``nn.Linear``, and the ``Conv1D`` of ``transformers``, whose weight is a parameter of their own and whose
+    forward is called. :func:`adaptable_sites` lists everything else, too.
 
     Returns:
         Name to module.
     """
-    closed = [name for name, each in model.named_modules() if isinstance(each, AdapterDict | nn.MultiheadAttention)]
     return {
-        name: module
-        for name, module in model.named_modules()
-        if name
-        and is_linear(module)
-        and not parametrize.is_parametrized(module)
-        and not any(name.startswith(f"{prefix}.") or not prefix for prefix in closed)
+        name: site.owner
+        for name, site in sites(model).items()
+        if isinstance(site.operator, LinearOperator) and site.part is None
     }
 
 
-def match_modules(model: nn.Module, patterns: Iterable[str], *, exclude: Iterable[str] = ()) -> list[str]:
-    """Resolve names and patterns to the qualified names of adaptable modules, in the model's own order.
-
-    A pattern is an exact name (``encoder.layer.0.attention.self.query``), the tail of a name (``query``,
-    ``self.query``), a shell pattern over either (``encoder.layer.[0-3].*``, ``*_proj``), or ``all-linear``.
+def adaptable_sites(model: nn.Module, adapts: Callable[[Operator], bool] = low_rank) -> dict[str, Site]:
+    """List what can carry an adapter of a method, by name, in the model's own order.
 
     Args:
-        model: whose modules are matched.
-        patterns: at least one; each must match at least one adaptable module.
+        model: any.
+        adapts: which operators the method can adapt; by default those that a low-rank update fits.
+
+    Returns:
+        Name to site.
+    """
+    return {name: site for name, site in sites(model).items() if adapts(site.operator)}
+
+
+def match_modules(model: nn.Module, patterns: Iterable[str], *, exclude: Iterable[str] = ()) -> list[str]:
+    """Resolve names and patterns to the names of linear layers, in the model's own order. See :func:`match_sites`."""
+    linear = {name: site for name, site in sites(model).items() if GROUPS["all-linear"](site)}
+    return match_sites(model, patterns, exclude=exclude, among=linear)
+
+
+def match_sites(
+    model: nn.Module,
+    patterns: Iterable[str],
+    *,
+    exclude: Iterable[str] = (),
+    among: Mapping[str, Site] | None = None,
+) -> list[str]:
+    """Resolve names and patterns to names of sites, in the model's own order.
+
+    A pattern is an exact name (``encoder.layer.0.attention.self.query``), the tail of a name (``query``,
+    ``self.query``), a shell pattern over either (``encoder.layer.[0-3].*``, ``*_proj``), or a group of :data:`GROUPS`
+    (``all-linear``). A shell pattern means linear layers and convolutions; embeddings, other parameters and parts are
+    meant only by their own names (``wte``, ``query.bias``, ``c_attn:q``) and by shell patterns that end in such
+    (``*.bias``, ``*c_attn:[qv]``).
+
+    Args:
+        model: whose sites are matched.
+        patterns: at least one; each must match at least one site.
         exclude: patterns taken out again; each must match something too.
+        among: the sites that may be meant; by default those that a low-rank update fits.
 
     Returns:
         Names, each once.
 
     Raises:
-        ValueError: if a pattern matches nothing, naming the nearest module names, or nothing is left.
+        ValueError: if a pattern matches nothing, naming the nearest names, or nothing is left.
     """
-    names = list(adaptable_modules(model))
-    wanted = _matches(names, list(patterns), model, "patterns")
-    unwanted = _matches(names, list(exclude), model, "exclude")
-    chosen = [name for name in names if name in wanted and name not in unwanted]
+    known = adaptable_sites(model) if among is None else among
+    wanted = _matches(known, list(patterns), model, "patterns")
+    unwanted = _matches(known, list(exclude), model, "exclude")
+    chosen = [name for name in known if name in wanted and name not in unwanted]
     if not chosen:
         raise ValueError(f"patterns must leave at least one module, got {list(patterns)} without {list(exclude)}")
     return chosen
 
 
-def matches(name: str, pattern: str) -> bool:
-    """Tell whether a pattern means this module name."""
-    return pattern == ALL_LINEAR or fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+def matches(site: Site, pattern: str) -> bool:
+    """Tell whether a pattern means this site."""
+    if pattern in GROUPS:
+        return GROUPS[pattern](site)
+    if site.name == pattern or site.name.endswith(f".{pattern}"):
+        return True
+    if not (fnmatchcase(site.name, pattern) or fnmatchcase(site.name, f"*.{pattern}")):
+        return False
+    usual = site.part is None and isinstance(site.operator, LinearOperator | ConvOperator)
+    label = site.part.name if site.part else site.parameter
+    return usual or _names_end(pattern, label, ":" if site.part else ".")
 
 
-def _matches(names: Sequence[str], patterns: Sequence[str], model: nn.Module, argument: str) -> set[str]:
-    unmatched = [pattern for pattern in patterns if not any(matches(name, pattern) for name in names)]
+def _names_end(pattern: str, label: str, mark: str) -> bool:
+    """Tell whether the last piece of a shell pattern speaks of parts or parameters, and means this one."""
+    head, found, tail = pattern.rpartition(mark)
+    return bool(found) and head != "" and tail != "*" and fnmatchcase(label, tail)
+
+
+def _matches(known: Mapping[str, Site], patterns: Sequence[str], model: nn.Module, argument: str) -> set[str]:
+    found = {pattern: {name for name, site in known.items() if matches(site, pattern)} for pattern in patterns}
+    unmatched = [pattern for pattern, names in found.items() if not names]
     if unmatched:
-        raise ValueError("; ".join(_explain(pattern, names, model, argument) for pattern in unmatched))
-    return {name for name in names for pattern in patterns if matches(name, pattern)}
+        raise ValueError("; ".join(_explain(pattern, known, model, argument) for pattern in unmatched))
+    return set().union(*found.values())
 
 
-def _explain(pattern: str, names: Sequence[str], model: nn.Module, argument: str) -> str:
-    others = {name: type(module).__name__ for name, module in model.named_modules() if matches(name, pattern)}
+def _explain(pattern: str, known: Mapping[str, Site], model: nn.Module, argument: str) -> str:
+    others = {
+        name: type(module).__name__
+        for name, module in model.named_modules()
+        if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+    }
     if others:
         name, kind = next(iter(others.items()))
         return f"{argument} must match modules that can carry an adapter, got {pattern!r}: {name!r} is a {kind}"
+    names = [name for name, site in known.items() if site.part is None]
     tails = sorted({name.rsplit(".", 1)[-1] for name in names})
     near = difflib.get_close_matches(pattern, [*tails, *names], n=3, cutoff=0.5) or tails[:8]
     return f"{argument} must match at least one module, got {pattern!r}. Nearest names: {', '.join(near)}"

@@ -1,13 +1,14 @@
 """Put updates into the weights and take them out again. Written once, for every method and layer type."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from flowra_adapters.adapter import AdapterDict
-from flowra_adapters.attach import adapter_dicts
-from flowra_adapters.layers import in_layout_of
+from flowra_adapters.adapter import Adapter, AdapterDict
+from flowra_adapters.applying import adapter_dicts
+from flowra_adapters.weights import parameter_of, total_update
 
 __all__ = ["merge", "merged", "unmerge"]
 
@@ -31,33 +32,35 @@ def merge(model: nn.Module, *, keep_weight: bool = True) -> None:
     held_by_name = adapter_dicts(model)
     if not held_by_name:
         raise ValueError("model must carry adapters, got one without any. Attach or load an adapter first.")
-    pending = {name: held for name, held in held_by_name.items() if held.active()}
+    pending = _pending(held_by_name)
     _refuse_shared_weights(model, pending)
-    deltas = {name: _delta(model.get_submodule(name), held) for name, held in pending.items()}
-    weights = {name: _weight_of(model, name) for name in pending}
-    new_weights = {name: (weights[name] + delta).to(weights[name]) for name, delta in deltas.items()}
-    broken = [name for name, weight in new_weights.items() if not torch.isfinite(weight).all()]
+    sums = {at: total_update(held_by_name[at[0]], at[1], group) for at, group in pending.items()}
+    parameters = {at: parameter_of(model.get_submodule(at[0]), at[1]) for at in pending}
+    values = {at: (parameters[at] + update).to(parameters[at].dtype) for at, update in sums.items()}
+    broken = [at for at, value in values.items() if not torch.isfinite(value).all()]
     if broken:
-        raise ValueError(f"merged weights must be finite, got NaN or infinity in {broken[0]!r}. Nothing was merged.")
-    for name, held in pending.items():
-        if not held.merged and keep_weight:
-            held.kept_weight = weights[name].detach().clone()
-        if held.kept_weight is None:
-            held.added = deltas[name] if held.added is None else held.added + deltas[name]
-        weights[name].copy_(new_weights[name])
-        held.merged = (*held.merged, *held.active())
+        raise ValueError(f"merged weights must be finite, got NaN or infinity in {broken[0][0]!r}. Nothing was merged.")
+    for at, update in sums.items():
+        held, name = held_by_name[at[0]], at[1]
+        if keep_weight and name not in held.kept and name not in held.added:
+            held.kept[name] = parameters[at].detach().clone()
+        if name not in held.kept:
+            held.added[name] = held.added[name] + update if name in held.added else update
+        parameters[at].copy_(values[at])
+        held.merged = (*held.merged, *pending[at])
 
 
 @torch.no_grad()
 def unmerge(model: nn.Module) -> None:
     """Restore the base weights; a second call changes nothing."""
     for name, held in adapter_dicts(model).items():
-        weight = _weight_of(model, name)
-        if held.kept_weight is not None:
-            weight.copy_(held.kept_weight)
-        elif held.added is not None:
-            weight.copy_(weight - held.added)
-        held.merged, held.kept_weight, held.added = (), None, None
+        owner = model.get_submodule(name)
+        for parameter, value in held.kept.items():
+            parameter_of(owner, parameter).copy_(value)
+        for parameter, update in held.added.items():
+            weight = parameter_of(owner, parameter)
+            weight.copy_(weight - update)
+        held.merged, held.kept, held.added = (), {}, {}
 
 
 def merged(model: nn.Module) -> bool:
@@ -65,27 +68,25 @@ def merged(model: nn.Module) -> bool:
     return any(held.merged for held in adapter_dicts(model).values())
 
 
-def _delta(layer: nn.Module, held: AdapterDict) -> Tensor:
-    """Sum the updates that are not in the weight yet, in its layout."""
-    total = torch.stack([adapter.delta_weight() for adapter in held.active().values()]).sum(0)
-    return in_layout_of(layer, total)
+def _pending(held_by_name: dict[str, AdapterDict]) -> dict[tuple[str, str], dict[str, Adapter]]:
+    """Group what must be merged by (module name, parameter)."""
+    pending: dict[tuple[str, str], dict[str, Adapter]] = defaultdict(dict)
+    for name, held in held_by_name.items():
+        for key, adapter in held.active().items():
+            pending[name, held.sites[key].parameter][key] = adapter
+    return dict(pending)
 
 
-def _weight_of(model: nn.Module, name: str) -> Tensor:
-    weight = model.get_submodule(name).weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-def _refuse_shared_weights(model: nn.Module, pending: dict[str, AdapterDict]) -> None:
+def _refuse_shared_weights(model: nn.Module, pending: Iterable[tuple[str, str]]) -> None:
     """Refuse a weight whose memory another module reads, too; one module under two names is one module."""
     owners: dict[int, dict[tuple[int, str], str]] = defaultdict(dict)
     for module_name, module in model.named_modules(remove_duplicate=False):
         for name, parameter in module.named_parameters(recurse=False):
             place = parameter.untyped_storage().data_ptr()
             owners[place].setdefault((id(module), name), f"{module_name}.{name}" if module_name else name)
-    for name in pending:
-        shared = list(owners[_weight_of(model, name).untyped_storage().data_ptr()].values())
+    for name, parameter_name in pending:
+        weight = parameter_of(model.get_submodule(name), parameter_name)
+        shared = list(owners[weight.untyped_storage().data_ptr()].values())
         if len(shared) > 1:
             raise ValueError(
                 f"weight must belong to one module only, got {' = '.join(shared)}."

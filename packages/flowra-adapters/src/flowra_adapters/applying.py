@@ -1,0 +1,113 @@
+"""How a layer comes to use its adapters: hooks, written once for every method.
+
+An update is either added to the layer's output, or put into the place of its weight while the layer runs: W + ΔW
+shadows the parameter as an attribute of the module, and the parameter itself is never touched. The first way is cheaper
+where the operator is known; the second works for any parameter that a forward reads as an attribute.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowra_adapters.adapter import Adapter, AdapterDict, Base
+from flowra_adapters.fused import can_fuse, fused_update
+from flowra_adapters.operators import ParameterOperator
+from flowra_adapters.sites import Site
+from flowra_adapters.weights import base_weight, with_updates
+
+__all__ = ["adapter_dicts", "held_by", "put", "take_off"]
+
+
+def held_by(module: nn.Module) -> AdapterDict | None:
+    """Return the module's adapters, if it has any."""
+    candidate = module._modules.get("adapters")
+    return candidate if isinstance(candidate, AdapterDict) else None
+
+
+def adapter_dicts(model: nn.Module) -> dict[str, AdapterDict]:
+    """Return what hangs on each adapted module, by module name."""
+    return {name: held for name, module in model.named_modules() if (held := held_by(module)) is not None}
+
+
+def put(site: Site, key: str, adapter: Adapter) -> None:
+    """Hang an adapter on its site; the first one of each kind on a module brings the hooks."""
+    held = held_by(site.owner)
+    if held is None:
+        held = site.owner.adapters = AdapterDict()
+    held[key] = adapter
+    held.sites[key] = site
+    if not isinstance(site.operator, ParameterOperator) and "add" not in held.hooks:
+        held.hooks["add"] = site.host.register_forward_hook(partial(_add_updates, held), with_kwargs=True)
+    chooses = type(adapter).materialises is not Adapter.materialises or isinstance(site.operator, ParameterOperator)
+    if chooses and "shadow" not in held.hooks:
+        held.hooks["shadow"] = site.host.register_forward_pre_hook(partial(_shadow, held), with_kwargs=True)
+        held.hooks["unshadow"] = site.host.register_forward_hook(partial(_unshadow, held), always_call=True)
+
+
+def take_off(owner: nn.Module, held: AdapterDict) -> None:
+    """Remove a module's adapters and hooks."""
+    for hook in held.hooks.values():
+        hook.remove()
+    del owner.adapters
+
+
+def _add_updates(
+    held: AdapterDict, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> Tensor:
+    """Add to the output what is neither merged nor in the weight's place."""
+    x = args[0] if args else next(iter(kwargs.values()))
+    active = held.active()
+    if len(active) == 1:  # the usual case, and the fast one
+        ((key, adapter),) = active.items()
+        factors = adapter.plain_factors()
+        plain = factors is not None and key not in held.shadowed and held.sites[key].part is None
+        if factors is not None and plain and can_fuse(layer, x, output, factors[0]):
+            return fused_update(layer, x, output, *factors, adapter.scaling)
+    total, owned = output, False
+    for key, adapter in active.items():
+        if key in held.shadowed:
+            continue
+        site = held.sites[key]
+        base = _base(held, site, x, output) if adapter.reads_base else None
+        update = adapter(x, base).to(output.dtype)
+        if site.part is None:
+            total, owned = total + update, True
+        else:
+            total = total if owned else total.clone()
+            owned = True
+            site.part.add_to_output(total, update)
+    return total
+
+
+def _base(held: AdapterDict, site: Site, x: Tensor, output: Tensor) -> Base:
+    """Return what the layer does without adapters; its output is at hand unless something is merged or in place."""
+    weight = site.operator.to_standard(base_weight(held, site))
+    if held.merged or held.shadowed:
+        return Base(site.operator.apply(x, weight), weight)
+    part = output if site.part is None else site.part.of_output(output)
+    bias = site.owner._parameters.get("bias")
+    if bias is None:
+        return Base(part, weight)
+    own = bias.detach() if site.part is None else site.part.of(bias.detach())
+    return Base(part - own.view(-1, *(1,) * (-1 - site.operator.channel_dim)), weight)
+
+
+def _shadow(held: AdapterDict, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Put W + ΔW into the place of the parameters whose updates are materialised."""
+    inputs = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+    x = inputs[0] if inputs else torch.empty(0)
+    chosen = {key: one for key, one in held.active().items() if one.materialises(x)}
+    held.shadowed = tuple(chosen)
+    for parameter in dict.fromkeys(held.sites[key].parameter for key in chosen):
+        group = {key: one for key, one in chosen.items() if held.sites[key].parameter == parameter}
+        owner = held.sites[next(iter(group))].owner
+        owner.__dict__[parameter] = with_updates(held, parameter, group)
+
+
+def _unshadow(held: AdapterDict, host: nn.Module, args: tuple[Any, ...], output: object) -> None:
+    """Let the parameters be seen again, also after an error."""
+    for key in held.shadowed:
+        held.sites[key].owner.__dict__.pop(held.sites[key].parameter, None)
+    held.shadowed = ()
