@@ -64,8 +64,10 @@ class Method:
     """Whether attaching changes no bit of the output."""
     takes_alpha: bool = False
     """Whether its scaling comes from α."""
-    golden_case: str
-    """Name of its case in ``golden/lora_family.json``."""
+    golden: tuple[str, str]
+    """File in ``tests/golden`` and the case or key in it that holds its numbers; a test reads them."""
+    scaled: bool = True
+    """Whether its update has a scaling."""
     exceptions: Mapping[str, str] = field(default_factory=dict)
     """Law that the method cannot obey to the reason."""
 
@@ -112,6 +114,6 @@ EMBEDDINGS: Mapping[str, LayerType] = MappingProxyType({
 EVERYWHERE: Mapping[str, LayerType] = MappingProxyType({**LINEAR, **CONVOLUTIONS, **EMBEDDINGS})
 
 METHODS: tuple[Method, ...] = (
-    Method(name="lora", key="lora", layer_types=EVERYWHERE, golden_case="lora"),
-    Method(name="rslora", key="rslora", layer_types=EVERYWHERE, golden_case="rslora", takes_alpha=True),
+    Method(name="lora", key="lora", layer_types=EVERYWHERE, golden=("lora_family", "lora")),
+    Method(name="rslora", key="rslora", layer_types=EVERYWHERE, golden=("lora_family", "rslora"), takes_alpha=True),
 )

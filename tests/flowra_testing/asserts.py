@@ -84,7 +84,7 @@ def attach_to(case: Case, method: Method, rank: int, *, adapter: str = "default"
 
 def strength(method: Method) -> dict[str, float]:
     """Return what attaching a method is told about its scaling."""
-    return {"alpha" if method.takes_alpha else "scaling": SCALING}
+    return {"alpha" if method.takes_alpha else "scaling": SCALING} if method.scaled else {}
 
 
 def randomise(adapter: nn.Module, *, seed: int = 4) -> None:
@@ -304,7 +304,8 @@ def assert_rank_zero_is_a_normal_value(method: Method, layer_type: LayerType, dt
     adapter.grow(layer_type.rows(layer_type.rank))
     assert torch.equal(case.output(), case.base_output)
     randomise(adapter)
-    assert adapter.num_parameters() == layer_type.rank * adapter.cost_per_rank
+    assert adapter.num_parameters() == adapter.cost(layer_type.rank)
+    assert adapter.cost(0) == 0
     assert not torch.equal(case.output(), case.base_output)
     adapter.shrink([])
     assert adapter.rank == 0

@@ -91,10 +91,14 @@ class Adapter(nn.Module, ABC):
     def shrink(self, keep: Sequence[int]) -> None:
         """Keep the directions with these indices, in this order, and drop the others."""
 
-    @property
     @abstractmethod
+    def cost(self, rank: int) -> int:
+        """Count the parameters that an adapter of this weight has at this rank; none at rank 0."""
+
+    @property
     def cost_per_rank(self) -> int:
-        """Parameters that one more unit of rank costs."""
+        """Parameters that one more unit of rank costs now."""
+        return self.cost(self.rank + 1) - self.cost(self.rank)
 
     def num_parameters(self) -> int:
         """Count the adapter's trainable parameters at its current rank."""

@@ -81,10 +81,9 @@ class LoRA(Adapter):
         """Current rank r."""
         return self.lora_A.shape[0]
 
-    @property
-    def cost_per_rank(self) -> int:
-        """Parameters per unit of rank: m + n·∏k."""
-        return self.operator.out_size + self.operator.in_size
+    def cost(self, rank: int) -> int:
+        """Count m + n·∏k parameters for each unit of rank."""
+        return rank * (self.operator.out_size + self.operator.in_size)
 
     def forward(self, x: Tensor, base: Base | None = None) -> Tensor:
         """Map the layer's input to the update of its output; computed in the dtype of the factors."""
