@@ -29,6 +29,7 @@ import flowra_adapters
 
 RANK, ALPHA = 8, 16
 Step = Callable[[], None]
+Build = Callable[[], tuple[nn.Module, Tensor, list[str]]]
 
 
 def minilm() -> tuple[nn.Module, Tensor, list[str]]:
@@ -65,7 +66,7 @@ def _tokens(rows: int, columns: int, vocabulary: int) -> Tensor:
     return torch.randint(0, vocabulary, (rows, columns), generator=torch.Generator().manual_seed(0))
 
 
-def frozen(build: Callable[[], tuple[nn.Module, Tensor, list[str]]]) -> Step:
+def frozen(build: Build) -> Step:
     """Forward, and backward through the activations down to the embeddings."""
     model, tokens, _ = build()
     model.requires_grad_(False).train()
@@ -93,14 +94,14 @@ def _trained(model: nn.Module, tokens: Tensor) -> Step:
     return step
 
 
-def flowra(build: Callable[[], tuple[nn.Module, Tensor, list[str]]]) -> Step:
+def flowra(build: Build) -> Step:
     """LoRA of flowra-adapters."""
     model, tokens, names = build()
     flowra_adapters.attach(model, dict.fromkeys(names, RANK), scaling=ALPHA / RANK)
     return _trained(model, tokens)
 
 
-def peers(build: Callable[[], tuple[nn.Module, Tensor, list[str]]]) -> Step:
+def peers(build: Build) -> Step:
     """LoRA of PEFT."""
     model, tokens, names = build()
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names, lora_dropout=0.0)
@@ -144,9 +145,16 @@ def _child(name: str, variant: str) -> None:
     step = VARIANTS[variant](MODELS[name])
     for _ in range(5):
         step()
-    # Not getrusage: its peak is inherited from the process that started this one.
+    print(peak_resident())
+
+
+def peak_resident() -> float:
+    """Return the peak resident memory of this process in MB.
+
+    Not by getrusage, whose peak is inherited from the process that started this one.
+    """
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    print(int(status["VmHWM"].split()[0]) / 1024)
+    return int(status["VmHWM"].split()[0]) / 1024
 
 
 def main() -> None:

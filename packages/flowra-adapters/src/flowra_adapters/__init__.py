@@ -10,6 +10,8 @@ from importlib.metadata import version
 from flowra_adapters.adapter import Adapter, Base
 from flowra_adapters.attach import adapters, attach, delete, detach, disable, disabled, enable
 from flowra_adapters.checkpoint import AdapterCheckpoint, checkpoint_of
+from flowra_adapters.initialise import INITIALISATIONS, initialise
+from flowra_adapters.input_pca import InputPCA, eva_ranks
 from flowra_adapters.layers import linear_size
 from flowra_adapters.lora import LoRA
 from flowra_adapters.matching import adaptable_modules, adaptable_sites, match_modules, match_sites
@@ -28,6 +30,7 @@ from flowra_adapters.peft_writer import save_adapter, write_checkpoint
 from flowra_adapters.sites import Site, sites
 
 __all__ = [
+    "INITIALISATIONS",
     "METHODS",
     "Adapter",
     "AdapterCheckpoint",
@@ -35,6 +38,7 @@ __all__ = [
     "Base",
     "ConvOperator",
     "EmbeddingOperator",
+    "InputPCA",
     "LinearOperator",
     "LoRA",
     "Operator",
@@ -50,6 +54,8 @@ __all__ = [
     "disable",
     "disabled",
     "enable",
+    "eva_ranks",
+    "initialise",
     "linear_size",
     "load_adapter",
     "match_modules",
