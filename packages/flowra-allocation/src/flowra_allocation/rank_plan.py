@@ -13,18 +13,20 @@ from flowra_allocation.sensitivity import sensitivity
 from flowra_allocation.solvers import SOLVERS
 from flowra_allocation.whole_files import replacing
 
-__all__ = ["ModulePlan", "RankPlan", "allocate", "mean_rank", "read_plan", "write_plan"]
+__all__ = ["KINDS", "ModulePlan", "RankPlan", "allocate", "mean_rank", "read_plan", "write_plan"]
 
 PLAN_NAME = "plan.json"
 MAX_PLAN_BYTES = 64 * 2**20
+KINDS = ("lora", "dora", "svd", "svd_masked", "flora", "norm", "bitfit")
+"""Adapter methods that a plan can name. What :func:`allocate` plans is ``lora``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModulePlan:
     """What one module gets, and why."""
 
-    kind: Literal["lora"] = "lora"
-    """Adapter method."""
+    kind: str = "lora"
+    """Adapter method, one of :data:`KINDS`."""
     rank: int
     """≥ 0; a module of rank 0 is eligible for growth but holds nothing."""
     alpha: float
@@ -35,6 +37,13 @@ class ModulePlan:
     """Sensitivity in [0, 1]; modules below the threshold get rank 0."""
     gains: tuple[float, ...]
     """Gain of the first, second, … unit of rank, in units of the loss."""
+    parameters: int | None = None
+    """At this rank, where it is not cost_per_rank · rank (``flora``)."""
+
+    @property
+    def used(self) -> int:
+        """Parameters at this rank."""
+        return self.rank * self.cost_per_rank if self.parameters is None else self.parameters
 
     def __post_init__(self) -> None:
         """Check that the values can be what they say.
@@ -42,9 +51,13 @@ class ModulePlan:
         Raises:
             ValueError: if a value is of another type or out of range.
         """
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         whole = type(self.rank) is int and type(self.cost_per_rank) is int
-        if self.kind != "lora" or not whole or self.rank < 0 or self.cost_per_rank < 1:
-            raise ValueError(f"module must be 'lora' with whole rank ≥ 0 and cost_per_rank ≥ 1, got {self}")
+        if not whole or self.rank < 0 or self.cost_per_rank < 1:
+            raise ValueError(f"module must have whole rank ≥ 0 and cost_per_rank ≥ 1, got {self}")
+        if type(self.used) is not int or (self.used > 0) != (self.rank > 0) or self.used < 0:
+            raise ValueError(f"parameters must be whole, and 0 where the rank is, got {self}")
         if not all(_is_number(value) for value in (self.alpha, self.psi, *self.gains)) or not 0 <= self.psi <= 1:
             raise ValueError(f"alpha, psi in [0, 1] and gains must be finite numbers, got {self}")
         if any(first < second for first, second in pairwise((*self.gains, 0.0))):
@@ -62,7 +75,7 @@ class RankPlan:
     budget: int
     """P, in adapter parameters; heads are outside."""
     parameters: int
-    """Used of it: Σ cost · rank ≤ budget."""
+    """Used of it: Σ cost · rank ≤ budget, or what a module says it holds."""
     scaling: float
     """s, the same for all modules and independent of the rank."""
     sensitivity_threshold: float
@@ -95,7 +108,7 @@ class RankPlan:
         for edge in (self.last_in, self.first_out):
             if edge is not None and not (len(edge) == 2 and edge[0] in self.modules and _is_number(edge[1])):
                 raise ValueError(f"last_in and first_out must be a module and a gain per parameter, got {edge!r}")
-        used = sum(module.rank * module.cost_per_rank for module in self.modules.values())
+        used = sum(module.used for module in self.modules.values())
         if used != self.parameters or used > self.budget:
             raise ValueError(f"parameters must be Σ cost · rank = {used} ≤ budget {self.budget}, got {self.parameters}")
         off = [name for name, each in self.modules.items() if not math.isclose(each.alpha, self.scaling * each.rank)]
@@ -186,10 +199,19 @@ def allocate(
 def write_plan(plan: RankPlan, folder: str | Path) -> Path:
     """Write ``plan.json`` into a folder under a temporary name, rename it, and return its path."""
     path = Path(folder) / PLAN_NAME
-    text = json.dumps({"format_version": plan.format_version, **asdict(plan)}, indent=1, allow_nan=False) + "\n"
+    text = json.dumps({"format_version": plan.format_version, **_content(plan)}, indent=1, allow_nan=False) + "\n"
     with replacing(path) as (file,):
         file.write_text(text, encoding="utf-8")
     return path
+
+
+def _content(plan: RankPlan) -> dict[str, Any]:
+    """Return what the file holds: a module says how many parameters it has only where it must."""
+    content = asdict(plan)
+    for module in content["modules"].values():
+        if module["parameters"] is None:
+            del module["parameters"]
+    return content
 
 
 def read_plan(folder: str | Path) -> RankPlan:
