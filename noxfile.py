@@ -78,6 +78,21 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none")
+def laws(session: nox.Session) -> None:
+    """The whole product of adapter methods, layer types, dtypes and laws, which `tests` runs in part."""
+    sync(session)
+    python(session, *PYTEST, "tests/adapters/test_laws.py", "-m", "", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def capabilities(session: nox.Session) -> None:
+    """Write docs/capabilities.md: what each method can do on each layer type, found out by trying."""
+    sync(session)
+    script = "import sys; sys.path.insert(0, 'tests'); from flowra_testing.capabilities import PAGE, markdown; "
+    python(session, "-W", "ignore", "-c", script + "PAGE.write_text(markdown(), encoding='utf-8')")
+
+
+@nox.session(venv_backend="none")
 def lint(session: nox.Session) -> None:
     """Ruff: style, imports, annotations, docstrings."""
     sync(session)
@@ -127,7 +142,14 @@ def unit(session: nox.Session, package: str) -> None:
     Path(str(own), "shared.pth").write_text(f"{shared}\n", encoding="utf-8")
     strangers = [f"flowra_{name}" for name in PROJECTS if name not in members]
     session.run(inner, "-c", ALONE, *strangers, external=True, log=False)
-    checked = [f"tests/{package}", "--doctest-modules", "--pyargs", f"flowra_{package}", "-m", "not slow"]
+    checked = [
+        f"tests/{package}",
+        "--doctest-modules",
+        "--pyargs",
+        f"flowra_{package}",
+        "-m",
+        "not slow and not exhaustive",
+    ]
     session.run(inner, *PYTEST, *checked, *session.posargs, external=True, env=INSTALL_ENV)
 
 

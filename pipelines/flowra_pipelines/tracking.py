@@ -7,12 +7,18 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
+from typing import TYPE_CHECKING
 
+from flowra_pipelines.databases import put_database, sqlite_file
 from flowra_pipelines.run_config import RunConfig
 from flowra_pipelines.stages.record import StageRecord, StageResult
 
-__all__ = ["Tracker"]
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+__all__ = ["Tracker", "open_tracking"]
 
 # Before mlflow is imported.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -21,6 +27,27 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 MAX_PARAMETER = 500
+
+
+def open_tracking(config: RunConfig) -> "MlflowClient":
+    """Open the store of a run's tracking URI; a sqlite file that is not there is made first.
+
+    Args:
+        config: of the run.
+
+    Returns:
+        The client.
+    """
+    from mlflow import MlflowClient
+
+    Path(config.output_root).mkdir(parents=True, exist_ok=True)
+    path = sqlite_file(config.tracking_uri)
+    if path is not None and not path.exists():
+        with TemporaryDirectory(prefix="flowra-") as folder:
+            made = Path(folder) / "mlflow.db"
+            MlflowClient(tracking_uri=f"sqlite:///{made}")
+            put_database(made, path)
+    return MlflowClient(tracking_uri=config.tracking_uri)
 
 
 class Tracker:
@@ -32,12 +59,10 @@ class Tracker:
     """
 
     def __init__(self, config: RunConfig, *, parent_run_id: str | None = None) -> None:
-        from mlflow import MlflowClient
         from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
         self._parent_tag = MLFLOW_PARENT_RUN_ID
-        Path(config.output_root).mkdir(parents=True, exist_ok=True)
-        self._client = MlflowClient(tracking_uri=config.tracking_uri)
+        self._client = open_tracking(config)
         self.experiment_id = self._experiment(config)
         if parent_run_id is None:
             parent_run_id = self._client.create_run(self.experiment_id, run_name=config.name).info.run_id

@@ -65,7 +65,7 @@ def test_patterns_that_agree_may_overlap() -> None:
 
 BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "no_ranks": ({"ranks": {}}, "ranks must name at least one module"),
-    "unknown_method": ({"method": "dora2"}, r"method must be one of \['lora', 'rslora'\], got 'dora2'"),
+    "unknown_method": ({"method": "dora2"}, r"method must be one of \[.*'lora'.*\], got 'dora2'"),
     "empty_name": ({"adapter": ""}, "adapter must be a name without dots and colons, got ''"),
     "dotted_name": ({"adapter": "a.b"}, "adapter must be a name without dots and colons, got 'a.b'"),
     "typo": ({"ranks": {"up": 2, "dwon": 2}}, "got 'dwon'. Nearest names: down"),

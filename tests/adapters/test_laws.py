@@ -7,15 +7,23 @@ import pytest
 import torch
 
 import flowra_adapters
-from flowra_testing.adapter_table import METHODS, LayerType, Method
+from flowra_testing.adapter_table import METHODS, LayerType, Method, in_every_run
 from flowra_testing.asserts import LAWS, attach_to, build_case, randomise, strength
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = [
-    pytest.param(law, method, layer_type, dtype, id=f"{law}-{method.name}-{kind}-{str(dtype).removeprefix('torch.')}")
+    pytest.param(
+        law,
+        method,
+        layer_type,
+        dtype,
+        id=f"{law}-{method.name}-{kind}-{str(dtype).removeprefix('torch.')}",
+        marks=() if in_every_run(method, kind, dtype) else pytest.mark.exhaustive,
+    )
     for method in METHODS
     for kind, layer_type in method.layer_types.items()
     for dtype in method.dtypes
+    if dtype in layer_type.dtypes
     for law in LAWS
     if law not in method.exceptions
 ]

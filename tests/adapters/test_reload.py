@@ -25,13 +25,18 @@ from flowra_adapters import (
     save_adapter,
     write_checkpoint,
 )
-from flowra_testing.adapter_table import METHODS, Method
-from flowra_testing.asserts import assert_close, randomise
+from flowra_testing.adapter_table import METHODS
+from flowra_testing.asserts import assert_close, attach_to, build_case, randomise
 from flowra_testing.tiny_models import MLP, mlp, nested
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
+OWN_FILES = ("flowra_config.json", "flowra_model.safetensors")
 RANKS = {"up": 3, "down": 2, "skip": 0}
 EXPORT_TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2}
+
+
+LINEAR_METHODS = [method for method in METHODS if "linear" in method.layer_types]
+PEFT_METHODS = ("lora", "rslora", "dora", "polymorphic")  # that PEFT's files say all of, on linear layers
 
 
 def adapted_mlp(method: str, dtype: torch.dtype, scaling: float) -> MLP:
@@ -45,33 +50,81 @@ def adapted_mlp(method: str, dtype: torch.dtype, scaling: float) -> MLP:
 
 
 def file_bytes(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in FILES}
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-@pytest.fixture(scope="module", params=METHODS, ids=lambda method: method.name)
-def reloaded(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Mapping[str, tuple[Path, Tensor]]:
-    """Write one folder per dtype, form and scaling, and let one child process reload them all."""
-    method: Method = request.param
-    root = tmp_path_factory.mktemp(f"reload_{method.name}")
-    expected = {}
-    for dtype in method.dtypes:
-        for unit_scale in (False, True):
-            for scaling in (2.0, 0.1):
-                name = str(dtype).removeprefix("torch.")
-                folder = root / f"{name}-{'export' if unit_scale else 'checkpoint'}-{scaling}"
-                folder.mkdir()
-                model = adapted_mlp(method.key, dtype, scaling)
-                save_adapter(model, folder / "adapter", modules_to_save=["head"], unit_scale=unit_scale)
-                x = torch.randn(5, 8, generator=torch.Generator().manual_seed(3)).to(dtype)
-                save_file({"x": x}, folder / "input.safetensors")
-                case = {"dtype": name, "modules_to_save": ["head"], "unit_scale": unit_scale}
-                (folder / "case.json").write_text(json.dumps(case))
-                with torch.no_grad():
-                    expected[folder.name] = (folder, model(x))
+def run_child(root: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     subprocess.run([sys.executable, "-m", "flowra_testing.reload_child", str(root)], check=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def every_row(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, tuple[Path, Tensor]]:
+    """Write one folder per method, layer type and dtype (two of them once), resized, and let one child reload them."""
+    root = tmp_path_factory.mktemp("rows")
+    expected = {}
+    for method in METHODS:
+        for index, (kind, layer_type) in enumerate(method.layer_types.items()):
+            for dtype in method.dtypes if index == 0 else (torch.float32,):
+                if dtype not in layer_type.dtypes:
+                    continue
+                case = build_case(layer_type, dtype)
+                adapter = attach_to(case, method, layer_type.rank)
+                if layer_type.rank > 2:  # another rank than at birth
+                    adapter.shrink([2, 0])
+                randomise(adapter)
+                name = str(dtype).removeprefix("torch.")
+                folder = root / f"{method.name}-{kind}-{name}"
+                folder.mkdir()
+                save_adapter(case.model, folder / "adapter")
+                save_file({"x": case.x}, folder / "input.safetensors")
+                stated = {"dtype": name, "method": method.name, "layer_type": kind}
+                (folder / "case.json").write_text(json.dumps(stated))
+                expected[folder.name] = (folder, case.output())
+    run_child(root)
+    return expected
+
+
+def test_every_method_on_every_layer_gives_the_same_bits_in_a_fresh_process(
+    every_row: Mapping[str, tuple[Path, Tensor]],
+) -> None:
+    assert len(every_row) > 100
+    for name, (folder, y) in every_row.items():
+        assert torch.equal(load_file(folder / "output.safetensors")["y"], y), name
+
+
+def test_every_method_on_every_layer_saves_again_to_equal_bytes(every_row: Mapping[str, tuple[Path, Tensor]]) -> None:
+    for name, (folder, _) in every_row.items():
+        assert file_bytes(folder / "again") == file_bytes(folder / "adapter"), name
+
+
+def test_every_row_is_reloaded(every_row: Mapping[str, tuple[Path, Tensor]]) -> None:
+    names = {tuple(name.split("-")[:2]) for name in every_row}
+    assert names == {(method.name, kind) for method in METHODS for kind in method.layer_types}
+
+
+@pytest.fixture(scope="module")
+def reloaded(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, tuple[Path, Tensor]]:
+    """Write one folder per method, dtype, form and scaling of a whole model, and let one child reload them all."""
+    root = tmp_path_factory.mktemp("reload")
+    expected = {}
+    for method in LINEAR_METHODS:
+        for dtype in method.dtypes:
+            for unit_scale in (False, True):
+                for scaling in (2.0, 0.1):
+                    name = str(dtype).removeprefix("torch.")
+                    form = "export" if unit_scale else "checkpoint"
+                    folder = root / f"{name}-{form}-{method.name}-{scaling}"
+                    folder.mkdir()
+                    model = adapted_mlp(method.key, dtype, scaling)
+                    save_adapter(model, folder / "adapter", modules_to_save=["head"], unit_scale=unit_scale)
+                    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(3)).to(dtype)
+                    save_file({"x": x}, folder / "input.safetensors")
+                    case = {"dtype": name, "modules_to_save": ["head"], "unit_scale": unit_scale}
+                    (folder / "case.json").write_text(json.dumps(case))
+                    with torch.no_grad():
+                        expected[folder.name] = (folder, model(x))
+    run_child(root)
     return expected
 
 
@@ -102,17 +155,25 @@ def test_saving_again_gives_equal_bytes(reloaded: Mapping[str, tuple[Path, Tenso
         assert file_bytes(folder / "again") == file_bytes(folder / "adapter"), name
 
 
-def test_a_module_of_rank_zero_is_left_out_of_the_file(reloaded: Mapping[str, tuple[Path, Tensor]]) -> None:
-    for folder, _ in reloaded.values():
+def test_a_module_of_rank_zero_is_left_out_of_peft_s_files(reloaded: Mapping[str, tuple[Path, Tensor]]) -> None:
+    checked = set()
+    for name, (folder, _) in reloaded.items():
+        method = name.split("-")[2]
+        if method not in PEFT_METHODS and "checkpoint" in name:
+            assert {path.name for path in (folder / "adapter").iterdir()} == set(OWN_FILES)
+            assert json.loads((folder / "adapter" / OWN_FILES[0]).read_text())["sites"]["skip"]["rank"] == 0
+            continue
+        checked.add(method)
         config = json.loads((folder / "adapter" / FILES[0]).read_text())
         assert config["target_modules"] == ["down", "up"]
         assert not any("skip" in key for key in load_file(folder / "adapter" / FILES[1]))
         assert "skip" not in json.dumps(config)
+    assert checked == {method.name for method in LINEAR_METHODS}
 
 
 def test_no_temporary_file_is_left_behind(reloaded: Mapping[str, tuple[Path, Tensor]]) -> None:
     for folder, _ in reloaded.values():
-        assert sorted(path.name for path in (folder / "adapter").iterdir()) == sorted(FILES)
+        assert {path.name for path in (folder / "adapter").iterdir()} <= {*FILES, *OWN_FILES}
 
 
 def test_every_tensor_of_the_file_is_in_the_loaded_model(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ class ServedUpdate:
     lora_a: Tensor
     lora_b: Tensor
     scaling: float
+    embeds: bool = False
+    """Whether the tensors' names are those of an embedding."""
 
 
 def read_as_vllm(folder: Path, *, modules: Collection[str], max_lora_rank: int) -> dict[str, ServedUpdate]:
@@ -57,32 +59,45 @@ def read_as_vllm(folder: Path, *, modules: Collection[str], max_lora_rank: int) 
         raise ValueError(f"rank {rank} is greater than max_lora_rank {max_lora_rank}")
     scaling = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
     halves: dict[str, dict[str, Tensor]] = {}
+    embedding = set()
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 - not a mapping
-            module, half = _parse(key)
+            module, half, embeds = _parse(key)
+            embedding |= {module} if embeds else set()
             if module.rsplit(".", 1)[-1] not in modules:
                 raise ValueError(f"unexpected module {module}")
-            halves.setdefault(module, {})[half] = file.get_tensor(key)
+            tensor = file.get_tensor(key)
+            if tensor.ndim != 2:
+                raise ValueError(f"{key} does not fit the buffers")
+            halves.setdefault(module, {})[half] = tensor
     for module, pair in halves.items():
         if pair["lora_A"].shape[0] > max_lora_rank:
             raise ValueError(f"rank of {module} does not fit the buffers")
-    return {name: ServedUpdate(pair["lora_A"], pair["lora_B"], scaling) for name, pair in halves.items()}
+    return {
+        name: ServedUpdate(pair["lora_A"], pair["lora_B"], scaling, name in embedding) for name, pair in halves.items()
+    }
 
 
-def _parse(key: str) -> tuple[str, str]:
-    """Split a tensor's name; a key without the prefix keeps its own first parts and so means another module."""
+def _parse(key: str) -> tuple[str, str, bool]:
+    """Split a tensor's name into module, half, and whether it is an embedding's.
+
+    A key without the prefix keeps its own first parts and so means another module.
+    """
     parts = key.removeprefix(PREFIX).split(".")
+    if parts[-1] in ("lora_embedding_A", "lora_embedding_B"):
+        return ".".join(parts[:-1]), f"lora_{parts[-1][-1]}", True
     if parts[-1] != "weight" or parts[-2] not in ("lora_A", "lora_B"):
         raise ValueError(f"{key} is unsupported LoRA weight")
-    return ".".join(parts[:-2]), parts[-2]
+    return ".".join(parts[:-2]), parts[-2], False
 
 
 def serve(model: nn.Module, updates: dict[str, ServedUpdate]) -> int:
     """Add the updates to the weights of a base, and return how many found their module; others have no effect."""
     found = 0
     for name, module in model.named_modules():
-        if name in updates and isinstance(module, nn.Linear):
-            update = updates[name]
-            module.weight.data += update.scaling * (update.lora_b @ update.lora_a)
+        update = updates.get(name)
+        if update is not None and isinstance(module, nn.Embedding if update.embeds else nn.Linear):
+            product = update.scaling * (update.lora_b @ update.lora_a)
+            module.weight.data += product.T if update.embeds else product  # type: ignore[operator, union-attr]
             found += 1
     return found

@@ -38,16 +38,20 @@ READERS: dict[str, Callable[[Path], object]] = {
     "plan": read_plan,
     "training_state": read_training_state,
 }
-MEANING: dict[str, Any] = {
+WIDER: dict[str, Any] = {  # what flowra_adapters reads and nothing composes
     "peft_type": "ADALORA",
     "bias": "all",
-    "init_lora_weights": "pissa",
     "use_dora": True,
     "lora_bias": True,
+    "target_parameters": ["fc.weight"],
+}
+MEANING: dict[str, Any] = {
+    "peft_type": "LOHA",
+    "bias": "some",
+    "init_lora_weights": "pissa",
     "use_qalora": True,
     "use_bdlora": {"blocks": 2},
     "layer_replication": [[0, 2]],
-    "target_parameters": ["fc.weight"],
     "trainable_token_indices": [1],
     "alora_invocation_tokens": [1],
     "arrow_config": {"top_k": 2},
@@ -334,6 +338,14 @@ def test_an_option_that_changes_the_meaning_is_refused_by_schema_and_both_reader
     for reader in (read_checkpoint, read_adapter):
         with pytest.raises(ValueError, match=rf"adapter must be plain LoRA, got .*{key}"):
             reader(folder)
+
+
+@pytest.mark.parametrize("key", WIDER)
+def test_an_option_that_is_no_plain_lora_is_not_composed(key: str, tmp_path: Path) -> None:
+    folder = adapter_folder(tmp_path, **{key: WIDER[key]})
+    validator("adapter_config").validate(load(folder / "adapter_config.json"))
+    with pytest.raises(ValueError, match=rf"adapter must be plain LoRA, got .*{key}"):
+        read_adapter(folder)
 
 
 def test_every_option_that_the_schema_refuses_is_tried() -> None:

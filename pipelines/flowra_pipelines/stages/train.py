@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from flowra_adapters import load_adapter
 from flowra_allocation import flow_spectrum, read_plan, rebase, truncate
 from flowra_pipelines import plots
+from flowra_pipelines.errors import UserError
 from flowra_pipelines.run_config import RunConfig
 from flowra_pipelines.stages.calibrate import read_grams
 from flowra_pipelines.stages.phase import phase_metrics, resume_phase, save_phase
@@ -26,6 +27,12 @@ def train(config: RunConfig, folder: Path) -> StageResult:
     load_adapter(model, calibrated / "adapter")
     optimizer, state = resume_phase(config, setting, model, calibrated)
     plan = read_plan(folder.parent / "allocate")
+    others = [name for name, module in plan.modules.items() if module.kind != "lora"]
+    if others:
+        raise UserError(
+            f"kind must be 'lora' in a run's plan, got {plan.modules[others[0]].kind!r} for {others[0]!r}."
+            " Attach other kinds with flowra_adapters.attach_plan."
+        )
     cut_to_ranks(model, plan.ranks, calibrated, optimizer)
     curve = train_phase(
         model,

@@ -9,14 +9,22 @@ from importlib.metadata import version
 
 from flowra_adapters.adapter import Adapter, Base
 from flowra_adapters.attach import adapters, attach, delete, detach, disable, disabled, enable
-from flowra_adapters.checkpoint import AdapterCheckpoint, checkpoint_of
+from flowra_adapters.attach_plan import PlanEntry, attach_plan
+from flowra_adapters.checkpoint import AdapterCheckpoint
+from flowra_adapters.convert import Converted, to_lora
+from flowra_adapters.dora import DoRA
+from flowra_adapters.gathering import checkpoint_of
 from flowra_adapters.initialise import INITIALISATIONS, initialise
 from flowra_adapters.input_pca import InputPCA, eva_ranks
+from flowra_adapters.kohya import load_kohya, save_kohya
 from flowra_adapters.layers import linear_size
+from flowra_adapters.loading import attach_checkpoint, load_adapter
 from flowra_adapters.lora import LoRA
+from flowra_adapters.loralib import from_loralib
 from flowra_adapters.matching import adaptable_modules, adaptable_sites, match_modules, match_sites
-from flowra_adapters.merge import merge, merged, unmerge
-from flowra_adapters.methods import METHODS, AdapterMethod
+from flowra_adapters.merge import MergeReport, merge, merged, unmerge
+from flowra_adapters.methods import METHODS, AdapterMethod, instead_of
+from flowra_adapters.offset import ParameterOffset, create_missing_biases
 from flowra_adapters.operators import (
     ConvOperator,
     EmbeddingOperator,
@@ -25,9 +33,17 @@ from flowra_adapters.operators import (
     ParameterOperator,
     operator_of,
 )
-from flowra_adapters.peft_reader import load_adapter, read_checkpoint
-from flowra_adapters.peft_writer import save_adapter, write_checkpoint
+from flowra_adapters.orthogonality import orthogonality
+from flowra_adapters.peft_reader import read_checkpoint
+from flowra_adapters.peft_writer import write_checkpoint
+from flowra_adapters.quantised import dequantised_weight
+from flowra_adapters.rank_steps import pad_ranks
+from flowra_adapters.saving import save_adapter
 from flowra_adapters.sites import Site, sites
+from flowra_adapters.svd import SVDForm
+from flowra_adapters.svd_masked import MaskedSVDForm
+from flowra_adapters.tucker import Tucker
+from flowra_adapters.tucker_ranks import TuckerRanks
 
 __all__ = [
     "INITIALISATIONS",
@@ -37,35 +53,55 @@ __all__ = [
     "AdapterMethod",
     "Base",
     "ConvOperator",
+    "Converted",
+    "DoRA",
     "EmbeddingOperator",
     "InputPCA",
     "LinearOperator",
     "LoRA",
+    "MaskedSVDForm",
+    "MergeReport",
     "Operator",
+    "ParameterOffset",
     "ParameterOperator",
+    "PlanEntry",
+    "SVDForm",
     "Site",
+    "Tucker",
+    "TuckerRanks",
     "adaptable_modules",
     "adaptable_sites",
     "adapters",
     "attach",
+    "attach_checkpoint",
+    "attach_plan",
     "checkpoint_of",
+    "create_missing_biases",
     "delete",
+    "dequantised_weight",
     "detach",
     "disable",
     "disabled",
     "enable",
     "eva_ranks",
+    "from_loralib",
     "initialise",
+    "instead_of",
     "linear_size",
     "load_adapter",
+    "load_kohya",
     "match_modules",
     "match_sites",
     "merge",
     "merged",
     "operator_of",
+    "orthogonality",
+    "pad_ranks",
     "read_checkpoint",
     "save_adapter",
+    "save_kohya",
     "sites",
+    "to_lora",
     "unmerge",
     "write_checkpoint",
 ]

@@ -7,7 +7,7 @@ does the rest once for all methods.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from flowra_adapters.operators import Operator, ParameterOperator
+from flowra_adapters.quantised import QuantisedWeight
 
 if TYPE_CHECKING:
     from flowra_adapters.sites import Site
@@ -55,10 +56,22 @@ class Adapter(nn.Module, ABC):
         self.scaling = scaling
         self.enabled = True
 
+    def placed(self, base_weight: Callable[[], Tensor]) -> None:
+        """Take note of being put on a site; called once, before the first pass.
+
+        Args:
+            base_weight: returns the site's weight without any update, whenever it is called, as :attr:`Base.weight`.
+        """
+
     @property
     @abstractmethod
     def rank(self) -> int:
         """Current rank, ≥ 0. An adapter of rank 0 holds no parameters and contributes nothing, but may grow."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to apply. Asked on every pass, so it must not look at values of tensors."""
+        return self.rank == 0
 
     @abstractmethod
     def forward(self, x: Tensor, base: Base | None = None) -> Tensor:
@@ -79,7 +92,16 @@ class Adapter(nn.Module, ABC):
     def plain_factors(self) -> tuple[Tensor, Tensor] | None:
         """Return (A ``(r, n)``, B ``(m, r)``) if the update in this pass is exactly s · (x Aᵀ) Bᵀ, else None.
 
-        The machinery then applies them faster than :meth:`forward`, which nobody sees being called.
+        The machinery then applies them faster than :meth:`forward`, which nobody sees being called. Where
+        ``reads_base``, the update is exactly what makes the output :meth:`plain_gain` times (base + s · (x Aᵀ) Bᵀ).
+        """
+        return None
+
+    def plain_gain(self, weight: Tensor) -> Tensor | None:
+        """Return the gain of each output channel ``(m,)``, differentiable, if ``reads_base`` and there is one.
+
+        Args:
+            weight: the base weight in the standard layout.
         """
         return None
 
@@ -113,7 +135,7 @@ class AdapterDict(nn.ModuleDict):
     Attributes:
         sites: what each key adapts.
         merged: keys whose updates are in the parameters now.
-        kept: parameter to its value before the first merge, if it is kept.
+        kept: parameter to its value before the first merge, if it is kept; as it is stored, so quantised where it is.
         added: parameter to the sum of the updates in it, if its value is not kept.
         shadowed: keys whose updates stand in the place of their parameters during the pass that is under way.
         hooks: what applies the updates.
@@ -123,7 +145,7 @@ class AdapterDict(nn.ModuleDict):
         super().__init__()
         self.sites: dict[str, Site] = {}
         self.merged: tuple[str, ...] = ()
-        self.kept: dict[str, Tensor] = {}
+        self.kept: dict[str, Tensor | QuantisedWeight] = {}
         self.added: dict[str, Tensor] = {}
         self.shadowed: tuple[str, ...] = ()
         self.hooks: dict[str, RemovableHandle] = {}
@@ -138,4 +160,4 @@ class AdapterDict(nn.ModuleDict):
 
     def active(self) -> dict[str, Adapter]:
         """Return the adapters whose update must be applied now."""
-        return {key: one for key, one in self.each() if one.enabled and key not in self.merged and one.rank > 0}
+        return {key: one for key, one in self.each() if one.enabled and key not in self.merged and not one.empty}

@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from flowra_adapters.adapter import Adapter, AdapterDict, Base
 from flowra_adapters.fused import can_fuse, fused_update
+from flowra_adapters.fused_gain import fused_update_with_gain
 from flowra_adapters.operators import ParameterOperator
+from flowra_adapters.quantised import is_quantised
 from flowra_adapters.sites import Site
-from flowra_adapters.weights import base_weight, with_updates
+from flowra_adapters.weights import BaseWeight, base_weight, parameter_of, with_updates
 
 __all__ = ["adapter_dicts", "held_by", "put", "take_off"]
 
@@ -35,14 +38,21 @@ def put(site: Site, key: str, adapter: Adapter) -> None:
     """Hang an adapter on its site; the first one of each kind on a module brings the hooks."""
     held = held_by(site.owner)
     if held is None:
-        held = site.owner.adapters = AdapterDict()
+        held = site.owner.adapters = AdapterDict().train(site.owner.training)
+        if isinstance(site.owner, _NormBase) and site.owner.track_running_stats:
+            held.hooks["freeze"] = site.owner.register_forward_pre_hook(_freeze_statistics)
+            held.hooks["thaw"] = site.owner.register_forward_hook(partial(_thaw_statistics, held), always_call=True)
     held[key] = adapter
     held.sites[key] = site
+    adapter.placed(BaseWeight(held, key))
     if not isinstance(site.operator, ParameterOperator) and "add" not in held.hooks:
         held.hooks["add"] = site.host.register_forward_hook(partial(_add_updates, held), with_kwargs=True)
     chooses = type(adapter).materialises is not Adapter.materialises or isinstance(site.operator, ParameterOperator)
     if chooses and "shadow" not in held.hooks:
         held.hooks["shadow"] = site.host.register_forward_pre_hook(partial(_shadow, held), with_kwargs=True)
+    if "shadow" in held.hooks:  # after "add", which must still know what is shadowed
+        if "unshadow" in held.hooks:
+            held.hooks["unshadow"].remove()
         held.hooks["unshadow"] = site.host.register_forward_hook(partial(_unshadow, held), always_call=True)
 
 
@@ -51,6 +61,16 @@ def take_off(owner: nn.Module, held: AdapterDict) -> None:
     for hook in held.hooks.values():
         hook.remove()
     del owner.adapters
+
+
+def _freeze_statistics(norm: nn.Module, args: tuple[Any, ...]) -> None:
+    """Let a norm with running statistics use them and leave them alone, whatever the mode of the model."""
+    norm.training = False
+
+
+def _thaw_statistics(held: AdapterDict, norm: nn.Module, args: tuple[Any, ...], output: object) -> None:
+    """Put the norm back into the mode of the model, which its child has kept."""
+    norm.training = held.training
 
 
 def _add_updates(
@@ -64,7 +84,11 @@ def _add_updates(
         factors = adapter.plain_factors()
         plain = factors is not None and key not in held.shadowed and held.sites[key].part is None
         if factors is not None and plain and can_fuse(layer, x, output, factors[0]):
-            return fused_update(layer, x, output, *factors, adapter.scaling)
+            if not adapter.reads_base:
+                return fused_update(layer, x, output, *factors, adapter.scaling)
+            gain = None if held.merged else adapter.plain_gain(BaseWeight(held, key)())
+            if gain is not None and gain.dtype == output.dtype:
+                return fused_update_with_gain(layer, x, output, *factors, adapter.scaling, gain)
     total, owned = output, False
     for key, adapter in active.items():
         if key in held.shadowed:
@@ -98,12 +122,19 @@ def _shadow(held: AdapterDict, host: nn.Module, args: tuple[Any, ...], kwargs: d
     """Put W + ΔW into the place of the parameters whose updates are materialised."""
     inputs = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
     x = inputs[0] if inputs else torch.empty(0)
-    chosen = {key: one for key, one in held.active().items() if one.materialises(x)}
+    chosen = {key: one for key, one in held.active().items() if _takes_place(held.sites[key], one, x)}
     held.shadowed = tuple(chosen)
     for parameter in dict.fromkeys(held.sites[key].parameter for key in chosen):
         group = {key: one for key, one in chosen.items() if held.sites[key].parameter == parameter}
         owner = held.sites[next(iter(group))].owner
         owner.__dict__[parameter] = with_updates(held, parameter, group)
+
+
+def _takes_place(site: Site, adapter: Adapter, x: Tensor) -> bool:
+    """Tell whether W + ΔW takes the weight's place, which a layer that reads a quantised weight would not stand."""
+    if not adapter.materialises(x):
+        return False
+    return isinstance(site.operator, ParameterOperator) or not is_quantised(parameter_of(site.owner, site.parameter))
 
 
 def _unshadow(held: AdapterDict, host: nn.Module, args: tuple[Any, ...], output: object) -> None:

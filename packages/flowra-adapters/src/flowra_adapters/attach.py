@@ -7,6 +7,7 @@ reads ``layer.weight`` keeps working, and taking adapters off restores the model
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import nn
@@ -14,8 +15,9 @@ from torch import nn
 from flowra_adapters.adapter import Adapter
 from flowra_adapters.applying import adapter_dicts, held_by, put, take_off
 from flowra_adapters.matching import adaptable_sites, match_sites
-from flowra_adapters.methods import METHODS, AdapterMethod
-from flowra_adapters.sites import Site
+from flowra_adapters.methods import METHODS, AdapterMethod, instead_of
+from flowra_adapters.quantised import is_quantised, keep_gradients, refuse_blocked_gradients
+from flowra_adapters.sites import Site, sites
 
 __all__ = ["adapters", "attach", "delete", "detach", "disable", "disabled", "enable"]
 
@@ -30,6 +32,7 @@ def attach(
     scaling: float | None = None,
     alpha: float | None = None,
     dropout: float = 0.0,
+    bias: Literal["none", "adapted", "all"] = "none",
     modules_to_save: Iterable[str] = (),
     adapter: str = "default",
     dtype: torch.dtype | None = None,
@@ -40,6 +43,10 @@ def attach(
     After the call only adapters and ``modules_to_save`` have ``requires_grad``. The model's output is unchanged.
     Nothing is changed if an argument is wrong.
 
+    A quantised base (bitsandbytes, torchao) stays as it is, with one exception: on processors with AVX512-BF16 the
+    4-bit layers of bitsandbytes leave their inference format, which passes no gradient, for good. Those that were in it
+    then answer in the dtype of their input and no longer in bfloat16, so there the output changes by that rounding.
+
     Args:
         model: changed in place.
         ranks: exact name or pattern (see :func:`match_sites`) to rank; an exact name wins over patterns. Rank 0
@@ -49,6 +56,8 @@ def attach(
         alpha: α, instead of ``scaling``: s = α/r with ``lora``, α/√r with ``rslora``, where r is the module's rank at
             birth (for a module that starts at rank 0, the largest rank given). ``rslora`` needs it.
         dropout: probability in [0, 1) of dropping an input element on the adapter's path, in training.
+        bias: whose biases are trained, too, each as an offset under the same name (method ``bitfit``): those of no
+            layer, of the modules that are adapted, or of all modules, norms included.
         modules_to_save: qualified names of modules trained in full, such as a new head.
         adapter: name of this set of adapters.
         dtype: of the adapter's tensors; by default that of the layer's weight, but at least float32.
@@ -59,44 +68,53 @@ def attach(
 
     Raises:
         ValueError: if a pattern matches nothing or two patterns disagree, a rank is out of range, a name is taken, or
-            the method is unknown.
+            the method is unknown, there is no bias to train, a module to train in full is quantised, or weights of
+            torchao quantise the inputs of their layers, too.
     """
     row = _method(method)
     if not adapter or "." in adapter or ":" in adapter:
         raise ValueError(f"adapter must be a name without dots and colons, got {adapter!r}")
+    if hasattr(nn.ModuleDict, adapter):
+        raise ValueError(f"adapter must be a name that torch's modules do not use themselves, got {adapter!r}")
     saved_names = list(modules_to_save)
     to_save = [_submodule(model, name, "modules_to_save") for name in saved_names]
+    _refuse_quantised(saved_names, to_save)
+    refuse_blocked_gradients(model)
     places = adaptable_sites(model, row.adapts)
     resolved = _resolve(model, places, ranks)
     inside = [name for name in resolved if any(f"{name}.".startswith(f"{saved}.") for saved in saved_names)]
     if inside:
         raise ValueError(f"modules_to_save must not be adapted too, got {inside[0]!r}. Exclude it from the ranks.")
     scalings = _scalings(resolved, row, scaling, alpha)
-    keys = {name: _key(adapter, places[name]) for name in resolved}
-    _refuse_taken({name: places[name] for name in resolved}, keys, adapter)
+    biases = _biases(model, bias, [places[name] for name in resolved], saved_names)
+    chosen = {name: places.get(name) or biases[name] for name in sites(model) if name in resolved or name in biases}
+    keys = {name: _key(adapter, site) for name, site in chosen.items()}
+    _refuse_taken(chosen, keys, adapter)
     generator = generator or torch.Generator().manual_seed(0)
     created = {}
-    for name, rank in resolved.items():
-        site = places[name]
+    for name, site in chosen.items():
+        own_row = instead_of(row, site) if name in resolved else METHODS["bitfit"]
+        scaled = name in resolved and own_row.scaling is not None
         weight = site.owner._parameters[site.parameter]
         assert weight is not None
         own = weight.dtype if weight.is_floating_point() else torch.float32
         try:
-            created[name] = row.adapter(
+            created[name] = own_row.adapter(
                 site.operator,
-                rank=rank,
-                scaling=scalings[name],
-                dropout=dropout,
+                rank=resolved.get(name, 1),
+                scaling=scalings[name] if scaled else 1.0,
+                dropout=dropout if scaled or own_row is row else 0.0,
                 dtype=dtype or torch.promote_types(own, torch.float32),
                 generator=generator,
             ).to(device=weight.device)
         except ValueError as error:
             raise ValueError(f"{error}; for module {name!r}. Choose another value or exclude the module.") from None
     _freeze_base(model)
+    keep_gradients(model)
     for module in to_save:
         module.requires_grad_(True)
     for name, new in created.items():
-        put(places[name], keys[name], new.train(places[name].owner.training))
+        put(chosen[name], keys[name], new.train(chosen[name].owner.training))
     return created
 
 
@@ -195,7 +213,7 @@ def _key(adapter: str, site: Site) -> str:
 
 def _site_name(module: str, site: Site) -> str:
     """Name a site by where its module is now: an adapted module may have been put into another model."""
-    name = module if site.parameter == "weight" else f"{module}.{site.parameter}"
+    name = module if site.parameter == "weight" else f"{module}.{site.parameter}".lstrip(".")
     return f"{name}:{site.part.name}" if site.part else name
 
 
@@ -254,6 +272,26 @@ def _resolve(model: nn.Module, places: Mapping[str, Site], ranks: Mapping[str, i
     }
 
 
+def _biases(model: nn.Module, which: str, adapted: Iterable[Site], saved: Iterable[str]) -> dict[str, Site]:
+    """Return the biases that the option ``bias`` means, by name; those of modules trained in full are left out."""
+    if which not in ("none", "adapted", "all"):
+        raise ValueError(f"bias must be 'none', 'adapted' or 'all', got {which!r}")
+    if which == "none":
+        return {}
+    owners = {id(site.owner) for site in adapted}
+    found = {
+        name: site
+        for name, site in adaptable_sites(model, METHODS["bitfit"].adapts).items()
+        if (which == "all" or id(site.owner) in owners) and not any(f"{name}.".startswith(f"{each}.") for each in saved)
+    }
+    if not found:
+        raise ValueError(
+            f"bias must be 'none' where no {'adapted layer' if which == 'adapted' else 'layer'} has a bias, got"
+            f" {which!r}. Call create_missing_biases first."
+        )
+    return found
+
+
 def _submodule(model: nn.Module, name: str, argument: str) -> nn.Module:
     try:
         if not name:  # the whole model
@@ -262,6 +300,12 @@ def _submodule(model: nn.Module, name: str, argument: str) -> nn.Module:
     except AttributeError:
         children = [child for child, _ in model.named_children()]
         raise ValueError(f"{argument} must name modules of the model, got {name!r}. Top level: {children}") from None
+
+
+def _refuse_quantised(names: Iterable[str], modules: Iterable[nn.Module]) -> None:
+    for name, module in zip(names, modules, strict=True):
+        if any(is_quantised(parameter) for parameter in module.parameters()):
+            raise ValueError(f"modules_to_save must not be quantised, got {name!r}. Adapt it, or leave it as it was.")
 
 
 def _freeze_base(model: nn.Module) -> None:

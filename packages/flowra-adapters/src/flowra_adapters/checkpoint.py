@@ -1,29 +1,38 @@
-"""A set of low-rank updates as values, and the way from a model to values and back."""
+"""A set of updates as values in PEFT's layout."""
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flowra_adapters.attach import adapters
-from flowra_adapters.layers import is_conv1d
-from flowra_adapters.lora import LoRA
-
-__all__ = ["AdapterCheckpoint", "checkpoint_of", "own_copy", "owner_of"]
+__all__ = ["AdapterCheckpoint", "Kind", "own_copy", "owner_of"]
 
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+Kind = Literal["embedding", "attention", "parameter"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterCheckpoint:
-    """A set of low-rank updates ΔW = scaling · B A, as values."""
+    """A set of low-rank updates ΔW = scaling · B A, and what PEFT keeps beside them, as values."""
 
     factors: Mapping[str, tuple[Tensor, Tensor]]
-    """Module name to (A ``(r, n)``, B ``(m, r)``), r ≥ 1."""
+    """Name to (A, B), r ≥ 1. Of a linear layer ``(r, n)`` and ``(m, r)``; of a convolution in g groups ``(g·r, n, *k)``
+    and ``(m, r, 1, …)``; of an embedding ``(r, V)`` and ``(d, r)``; of a raw parameter, a stack of E matrices,
+    ``(E, r, n)`` and ``(E, m, r)``; of an ``nn.MultiheadAttention`` ``(r, d)`` and ``(3 d, r)``, for queries, keys and
+    values together."""
     scalings: Mapping[str, float]
-    """Module name to s, for the same modules."""
+    """Name to s, for the same names."""
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
+    """What is not a linear layer or convolution: name to kind. Raw parameters are called by their own names."""
+    magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
+    """μ ``(m,)`` of DoRA, for all names or for none."""
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
+    """Name of a bias to its trained value."""
+    bias_offsets: Mapping[str, Tensor] = field(default_factory=dict)
+    """Name of a layer to what is added to its output beside s · B A x (PEFT's ``lora_bias``)."""
     modules_to_save: Mapping[str, Tensor] = field(default_factory=dict)
     """Parameter name to tensor, for modules trained in full."""
     trained_modules: tuple[str, ...] = ()
@@ -34,72 +43,75 @@ class AdapterCheckpoint:
     """PEFT's task type, such as ``SEQ_CLS`` or ``CAUSAL_LM``."""
     fan_in_fan_out: bool = False
     """Whether the base stores the weights of these layers transposed (``Conv1D``); the factors mean the same."""
+    errors: Mapping[str, float] = field(default_factory=dict)
+    """Site to ‖ΔW - s · B A‖_F / ‖ΔW‖_F, where the update had to be cut or decomposed to become LoRA."""
 
     def __post_init__(self) -> None:
-        """Check that every module has a scaling and factors that fit each other, and nothing is NaN."""
+        """Check that every name has a scaling and factors that fit each other, and nothing is NaN."""
         if self.factors.keys() != self.scalings.keys():
             raise ValueError(f"scalings must name the modules of factors, got {sorted(self.scalings)}")
         for name, (a, b) in self.factors.items():
-            if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
-                raise ValueError(
-                    f"factors must be A (r, n) and B (m, r) with r ≥ 1, got {tuple(a.shape)}, {tuple(b.shape)}"
-                    f" for {name!r}"
-                )
-            if not {a.dtype, b.dtype} <= DTYPES:
-                raise ValueError(f"factors must be floating point of ≥ 16 bits, got {a.dtype}, {b.dtype} for {name!r}")
-            if not (torch.isfinite(a).all() and torch.isfinite(b).all() and math.isfinite(self.scalings[name])):
-                raise ValueError(f"factors must be finite, got NaN or infinity for {name!r}")
+            self._check_factors(name, a, b)
+        self._check_company()
         both = [name for name in self.factors if owner_of(f"{name}.weight", self.trained_modules) is not None]
         if both:
             raise ValueError(f"a module must be adapted or trained in full, got both for {both[0]!r}")
         strays = [name for name in self.modules_to_save if owner_of(name, self.trained_modules) is None]
         if strays:
             raise ValueError(f"modules_to_save must lie in trained_modules {self.trained_modules}, got {strays[0]!r}")
-        for name, tensor in self.modules_to_save.items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise ValueError(f"modules_to_save must be finite, got NaN or infinity in {name!r}")
+        for group in ("modules_to_save", "magnitudes", "biases", "bias_offsets"):
+            tensors: Mapping[str, Tensor] = getattr(self, group)
+            for name, tensor in tensors.items():
+                _check_name(name)
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    raise ValueError(f"{group} must be finite, got NaN or infinity in {name!r}")
+
+    def rank(self, name: str) -> int:
+        """Return PEFT's r of a name: that of all groups together, and of one matrix of a stack."""
+        return self.factors[name][0].shape[1 if self.kinds.get(name) == "parameter" else 0]
+
+    def _check_factors(self, name: str, a: Tensor, b: Tensor) -> None:
+        _check_name(name)
+        kind, shapes = self.kinds.get(name), f"{tuple(a.shape)}, {tuple(b.shape)} for {name!r}"
+        if kind == "parameter":
+            if a.ndim != 3 or b.ndim != 3 or len(a) != len(b) or a.shape[1] != b.shape[2] or 0 in (*a.shape, *b.shape):
+                raise ValueError(f"factors must be A (E, r, n) and B (E, m, r) with r ≥ 1, got {shapes}")
+        elif a.ndim > 2 and b.ndim == a.ndim and kind is None:
+            if 0 in (*a.shape, *b.shape) or a.shape[0] % b.shape[1] or set(b.shape[2:]) != {1}:
+                raise ValueError(f"factors must be A (g·r, n, *k) and B (m, r, 1, …) with r ≥ 1, got {shapes}")
+        elif a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
+            raise ValueError(f"factors must be A (r, n) and B (m, r) with r ≥ 1, got {shapes}")
+        if not {a.dtype, b.dtype} <= DTYPES:
+            raise ValueError(f"factors must be floating point of ≥ 16 bits, got {a.dtype}, {b.dtype} for {name!r}")
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all() and math.isfinite(self.scalings[name])):
+            raise ValueError(f"factors must be finite, got NaN or infinity for {name!r}")
+
+    def _check_company(self) -> None:
+        """Check what belongs to factors: magnitudes of all or none, and their kinds."""
+        if self.magnitudes:
+            if self.magnitudes.keys() != self.factors.keys():
+                odd = sorted(self.magnitudes.keys() ^ self.factors.keys())
+                raise ValueError(f"magnitudes must be there for all modules or none, got {odd[0]!r} on one side only")
+            for name, magnitude in self.magnitudes.items():
+                if magnitude.shape != self.factors[name][1].shape[:1] or self.kinds.get(name) in SHAPELESS:
+                    raise ValueError(f"magnitudes must be (m,), got {tuple(magnitude.shape)} for {name!r}")
+        for name, kind in self.kinds.items():
+            if name not in self.factors:
+                raise ValueError(f"kinds must name modules of factors, got {name!r}")
+            if kind == "attention" and tuple(self.factors[name][1].shape[:1]) != (3 * self.factors[name][0].shape[1],):
+                shapes = [tuple(each.shape) for each in self.factors[name]]
+                raise ValueError(
+                    f"factors of an attention block must be (r, d) and (3 d, r), got {shapes} for {name!r}"
+                )
 
 
-def checkpoint_of(
-    model: nn.Module,
-    *,
-    adapter: str = "default",
-    modules_to_save: Iterable[str] = (),
-    base_model_name_or_path: str | None = None,
-    task_type: str | None = None,
-) -> AdapterCheckpoint:
-    """Read the named adapter off a model.
+SHAPELESS = ("attention", "parameter")
 
-    Returns:
-        Its values; the tensors are copies, on the CPU.
 
-    Raises:
-        ValueError: if no such adapter is attached or a module to save does not exist.
-        TypeError: if an adapter is not of a method that PEFT's LoRA format can hold.
-    """
-    factors, scalings = {}, {}
-    for name, one in adapters(model, adapter).items():
-        if not isinstance(one, LoRA):
-            raise TypeError(
-                f"adapter must be LoRA to be written in PEFT's format, got {type(one).__name__} at {name!r}"
-            )
-        if one.rank > 0:
-            factors[name] = (own_copy(one.lora_A), own_copy(one.lora_B))
-            scalings[name] = one.scaling
-    saved = {}
-    trained = tuple(modules_to_save)
-    for module_name in trained:
-        for name, tensor in model.get_submodule(module_name).state_dict().items():
-            saved[f"{module_name}.{name}"] = own_copy(tensor)
-    return AdapterCheckpoint(
-        factors=factors,
-        scalings=scalings,
-        modules_to_save=saved,
-        trained_modules=trained,
-        base_model_name_or_path=base_model_name_or_path,
-        task_type=task_type,
-        fan_in_fan_out=any(is_conv1d(model.get_submodule(name)) for name in factors),
-    )
+def _check_name(name: str) -> None:
+    """Refuse what no module is called: names become no paths here, but may do so elsewhere."""
+    if not all(part and part.isprintable() and not set(part) & set("/\\") for part in name.split(".")):
+        raise ValueError(f"names must be dotted paths of modules, got {name[:200]!r}")
 
 
 def owner_of(name: str, modules: Iterable[str]) -> str | None:

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from flowra_adapters.layers import is_conv1d
 
-__all__ = ["can_fuse", "fused_update"]
+__all__ = ["autocast", "can_fuse", "fused_update"]
 
 
 def can_fuse(layer: nn.Module, x: Tensor, output: Tensor, factor: Tensor) -> bool:
@@ -35,17 +35,23 @@ def can_fuse(layer: nn.Module, x: Tensor, output: Tensor, factor: Tensor) -> boo
         (type(layer) is nn.Linear or is_conv1d(layer))
         and len(layer._forward_hooks) == 1
         and "forward" not in layer.__dict__
-        and weight is not None
+        and type(weight) is nn.Parameter  # and not a quantised one
         and not weight.requires_grad
         and (bias is None or not bias.requires_grad)
         and x.dtype == output.dtype == factor.dtype
         and x.layout == torch.strided
-        and not torch.is_autocast_enabled(x.device.type)
+        and not x.is_nested
+        and not autocast(x.device.type)
         and not torch.compiler.is_compiling()
         and not torch._C._get_tracing_state()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )
+
+
+def autocast(device: str) -> bool:
+    """Tell whether operations on this type of device are cast now."""
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def fused_update(layer: nn.Module, x: Tensor, output: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

@@ -8,7 +8,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-__all__ = ["is_conv1d", "is_linear", "linear_size"]
+__all__ = ["is_conv1d", "is_falcon_linear", "is_linear", "linear_size"]
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -21,6 +21,11 @@ def is_conv1d(module: nn.Module) -> bool:
     return any(
         kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") for kind in type(module).__mro__
     )
+
+
+def is_falcon_linear(module: nn.Module) -> bool:
+    """Tell whether a module is the ``FalconLinear`` of ``transformers``: ``nn.Linear`` that rounds before the bias."""
+    return type(module).__name__ == "FalconLinear" and type(module).__module__.startswith("transformers.")
 
 
 def linear_size(layer: nn.Module) -> tuple[int, int]:

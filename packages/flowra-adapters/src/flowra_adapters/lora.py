@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowra_adapters.adapter import Adapter, Base
-from flowra_adapters.operators import EmbeddingOperator, Operator
+from flowra_adapters.operators import EmbeddingOperator, Operator, ParameterOperator
 
 __all__ = ["LoRA"]
 
@@ -87,8 +87,18 @@ class LoRA(Adapter):
 
     def forward(self, x: Tensor, base: Base | None = None) -> Tensor:
         """Map the layer's input to the update of its output; computed in the dtype of the factors."""
-        if self.training and self.dropout > 0:
-            x = F.dropout(x.to(self.lora_A.dtype), self.dropout)
+        return self._apply_factors(self._drop(x))
+
+    @property
+    def _drops(self) -> bool:
+        """Whether dropout acts now."""
+        return self.training and self.dropout > 0
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x.to(self.lora_A.dtype), self.dropout) if self._drops else x
+
+    def _apply_factors(self, x: Tensor) -> Tensor:
+        """Map the input, after dropout, to s · B (A * x)."""
         if self.observer is not None:
             return self._observed(x, self.observer)
         lora_A, lora_B = self._factors()
@@ -105,7 +115,7 @@ class LoRA(Adapter):
 
     def plain_factors(self) -> tuple[Tensor, Tensor] | None:
         """Return the factors unless dropout acts or an observer wants to see z."""
-        if self.observer is not None or (self.dropout > 0 and self.training):
+        if self.observer is not None or self._drops:
             return None
         return self._factors()
 
@@ -182,3 +192,5 @@ def _check(operator: Operator, rank: int, scaling: float, dropout: float) -> Non
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     if dropout > 0 and isinstance(operator, EmbeddingOperator):
         raise ValueError(f"dropout must be 0 on an embedding, whose input are ids, got {dropout}")
+    if dropout > 0 and isinstance(operator, ParameterOperator):
+        raise ValueError(f"dropout must be 0 on a parameter whose input is not known, got {dropout}")

@@ -6,32 +6,59 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from flowra_adapters.operators import (
+    CONVOLUTIONS,
     ConvOperator,
     EmbeddingOperator,
     LinearOperator,
-    Operator,
     ParameterOperator,
 )
 from flowra_adapters.sites import Site, sites
 
-__all__ = ["GROUPS", "adaptable_modules", "adaptable_sites", "low_rank", "match_modules", "match_sites"]
+__all__ = [
+    "GROUPS",
+    "adaptable_modules",
+    "adaptable_sites",
+    "is_bias",
+    "is_norm",
+    "low_rank",
+    "match_modules",
+    "match_sites",
+]
 
 
-def low_rank(operator: Operator) -> bool:
-    """Tell whether a weight is a matrix, or a stack of filters, that a low-rank update fits."""
-    return not isinstance(operator, ParameterOperator) or len(operator.shape) == 2
+def low_rank(site: Site) -> bool:
+    """Tell whether a site is a matrix, or a stack of filters, that a low-rank update fits."""
+    if not isinstance(site.operator, ParameterOperator):
+        return True
+    filters = isinstance(site.owner, CONVOLUTIONS) and site.parameter == "weight"
+    return filters or (len(site.operator.shape) == 2 and not is_norm(site))
 
 
-def _is_norm(site: Site) -> bool:
-    """Tell whether a site is a normalisation's gain or shift: vectors of a module that holds nothing else."""
-    own = [each for each in site.owner._parameters.values() if each is not None]
-    return (
-        site.parameter in ("weight", "bias")
-        and all(each.ndim == 1 for each in own)
-        and "weight" in site.owner._parameters
-    )
+def is_norm(site: Site) -> bool:
+    """Tell whether a site is a normalisation's gain or shift.
+
+    That is a parameter of one of PyTorch's norms, or a vector of a module whose class is called a norm and that holds
+    nothing else (``LlamaRMSNorm``, ``T5LayerNorm``).
+
+    Returns:
+        Whether it is one.
+    """
+    owner = site.owner
+    if isinstance(owner, NORMS):
+        return True
+    named = "norm" in type(owner).__name__.lower() and all(name == "adapters" for name in owner._modules)
+    return named and all(each.ndim == 1 for each in owner._parameters.values() if each is not None)
+
+
+def is_bias(site: Site) -> bool:
+    """Tell whether a site is a bias: ``bias``, also of a norm, ``in_proj_bias``, ``gate_up_proj_bias``."""
+    return site.part is None and (site.parameter == "bias" or site.parameter.endswith("_bias"))
+
+
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase)
 
 
 GROUPS: Mapping[str, Callable[[Site], bool]] = MappingProxyType({
@@ -39,8 +66,8 @@ GROUPS: Mapping[str, Callable[[Site], bool]] = MappingProxyType({
     "all-conv": lambda site: isinstance(site.operator, ConvOperator),
     "all-layers": lambda site: isinstance(site.operator, LinearOperator | ConvOperator) and site.part is None,
     "all-embeddings": lambda site: isinstance(site.operator, EmbeddingOperator),
-    "all-norms": _is_norm,
-    "all-biases": lambda site: site.parameter == "bias" and not _is_norm(site),
+    "all-norms": is_norm,
+    "all-biases": is_bias,
 })
 """Patterns that mean a kind of site."""
 
@@ -61,17 +88,17 @@ def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def adaptable_sites(model: nn.Module, adapts: Callable[[Operator], bool] = low_rank) -> dict[str, Site]:
+def adaptable_sites(model: nn.Module, adapts: Callable[[Site], bool] = low_rank) -> dict[str, Site]:
     """List what can carry an adapter of a method, by name, in the model's own order.
 
     Args:
         model: any.
-        adapts: which operators the method can adapt; by default those that a low-rank update fits.
+        adapts: which sites the method can adapt; by default those that a low-rank update fits.
 
     Returns:
         Name to site.
     """
-    return {name: site for name, site in sites(model).items() if adapts(site.operator)}
+    return {name: site for name, site in sites(model).items() if adapts(site)}
 
 
 def match_modules(model: nn.Module, patterns: Iterable[str], *, exclude: Iterable[str] = ()) -> list[str]:
@@ -91,9 +118,9 @@ def match_sites(
 
     A pattern is an exact name (``encoder.layer.0.attention.self.query``), the tail of a name (``query``,
     ``self.query``), a shell pattern over either (``encoder.layer.[0-3].*``, ``*_proj``), or a group of :data:`GROUPS`
-    (``all-linear``). A shell pattern means linear layers and convolutions; embeddings, other parameters and parts are
-    meant only by their own names (``wte``, ``query.bias``, ``c_attn:q``) and by shell patterns that end in such
-    (``*.bias``, ``*c_attn:[qv]``).
+    (``all-linear``). A shell pattern means linear layers, convolutions and norms; embeddings, other parameters and
+    parts are meant only by their own names (``wte``, ``query.bias``, ``c_attn:q``) and by shell patterns that end in
+    such (``*.bias``, ``*c_attn:[qv]``).
 
     Args:
         model: whose sites are matched.
@@ -124,7 +151,7 @@ def matches(site: Site, pattern: str) -> bool:
         return True
     if not (fnmatchcase(site.name, pattern) or fnmatchcase(site.name, f"*.{pattern}")):
         return False
-    usual = site.part is None and isinstance(site.operator, LinearOperator | ConvOperator)
+    usual = site.part is None and (isinstance(site.operator, LinearOperator | ConvOperator) or is_norm(site))
     label = site.part.name if site.part else site.parameter
     return usual or _names_end(pattern, label, ":" if site.part else ".")
 
@@ -144,6 +171,10 @@ def _matches(known: Mapping[str, Site], patterns: Sequence[str], model: nn.Modul
 
 
 def _explain(pattern: str, known: Mapping[str, Site], model: nn.Module, argument: str) -> str:
+    if pattern == "all-biases":
+        return f"{argument} must match biases, got {pattern!r}: no layer has one. Call create_missing_biases first"
+    if not known:
+        return f"{argument} must match what the method can adapt, got {pattern!r}: the model has nothing of that kind"
     others = {
         name: type(module).__name__
         for name, module in model.named_modules()

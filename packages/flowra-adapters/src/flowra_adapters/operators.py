@@ -10,12 +10,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowra_adapters.layers import is_conv1d
+from flowra_adapters.layers import is_conv1d, is_falcon_linear
+from flowra_adapters.quantised import is_quantised_linear
 
 __all__ = [
     "ConvOperator",
@@ -25,6 +25,10 @@ __all__ = [
     "ParameterOperator",
     "operator_of",
 ]
+
+PLAIN: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
+TRANSPOSED: tuple[Callable[..., Tensor], ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+"""By the number of spatial axes, from 1."""
 
 
 @dataclass(frozen=True)
@@ -166,16 +170,6 @@ class ConvOperator(Operator):
         """Before the spatial axes."""
         return -1 - self.dimensions
 
-    @cached_property
-    def _convolve(self) -> Callable[..., Tensor]:
-        plain = (F.conv1d, F.conv2d, F.conv3d)
-        transposed = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-        return (transposed if self.transposed else plain)[self.dimensions - 1]
-
-    @cached_property
-    def _mix(self) -> Callable[..., Tensor]:
-        return (F.conv1d, F.conv2d, F.conv3d)[self.dimensions - 1]
-
     def pad(self, x: Tensor) -> Tensor:
         """Pad the input where the mode is not zeros; zeros are left to the convolution."""
         return x if self.padding_mode == "zeros" else F.pad(x, self.pads, mode=self.padding_mode)
@@ -188,15 +182,15 @@ class ConvOperator(Operator):
         """Convolve as the layer does, but in another number of groups; ``weight`` is ``(m', n'/groups, *kernel)``."""
         if self.transposed:
             stored = _swap_channels(weight, groups)
-            return self._convolve(
+            return TRANSPOSED[self.dimensions - 1](
                 x, stored, None, self.stride, self.padding, self.output_padding, groups, self.dilation
             )
         padding = self.padding if self.padding_mode == "zeros" else 0
-        return self._convolve(self.pad(x), weight, None, self.stride, padding, self.dilation, groups)
+        return PLAIN[self.dimensions - 1](self.pad(x), weight, None, self.stride, padding, self.dilation, groups)
 
     def pointwise(self, z: Tensor, weight: Tensor) -> Tensor:
         """Map ``(…, g · r, *positions)`` to ``(…, m, *positions)``."""
-        return self._mix(z, weight.view(*weight.shape, *(1,) * self.dimensions), groups=self.groups)
+        return PLAIN[self.dimensions - 1](z, weight.view(*weight.shape, *(1,) * self.dimensions), groups=self.groups)
 
     def to_stored(self, weight: Tensor) -> Tensor:
         """Turn ``(m, n/g, *k)`` into ``(n, m/g, *k)`` where the layer is transposed."""
@@ -236,7 +230,8 @@ def operator_of(layer: nn.Module) -> Operator | None:
     kind = type(layer)
     if weight is None or isinstance(weight, nn.UninitializedParameter):
         return None
-    if isinstance(layer, nn.Linear) and kind.forward is nn.Linear.forward:
+    plain = kind.forward is nn.Linear.forward or is_falcon_linear(layer)
+    if isinstance(layer, nn.Linear) and (plain or is_quantised_linear(layer)):
         return LinearOperator((layer.out_features, layer.in_features))
     if is_conv1d(layer):
         return LinearOperator((weight.shape[1], weight.shape[0]), transposed=True)

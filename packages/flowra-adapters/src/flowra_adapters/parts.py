@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from flowra_adapters.operators import LinearOperator, Operator, ParameterOperator
+from flowra_adapters.layouts import Layout, layout_of
+from flowra_adapters.operators import CONVOLUTIONS, LinearOperator, Operator, ParameterOperator
 
 __all__ = ["Part", "parts_of"]
 
@@ -41,21 +42,24 @@ class Part:
 
 
 def parts_of(model: nn.Module, name: str, owner: nn.Module, whole: Operator) -> list[Part]:
-    """List the parts of a weight, in the order of their rows; empty where it is one whole."""
+    """List the parts of a weight, in the order of their rows; empty where it has none, or none are known."""
     if isinstance(owner, nn.MultiheadAttention) and name.endswith("in_proj_weight"):
         size = owner.embed_dim
-        return _slices(whole, {"q": size, "k": size, "v": size})
-    if isinstance(whole, ParameterOperator) and len(whole.shape) == 3:
+        return _rows(whole, Layout({"q": size, "k": size, "v": size}))
+    if isinstance(whole, ParameterOperator) and len(whole.shape) == 3 and not isinstance(owner, CONVOLUTIONS):
         return [Part(str(index), index, ParameterOperator(whole.shape[1:]), whole) for index in range(whole.shape[0])]
+    if isinstance(whole, LinearOperator):
+        reader, _, layer = name.rpartition(".")
+        layout = layout_of(model.get_submodule(reader), layer, whole.out_size)
+        return _rows(whole, layout) if layout else []
     return []
 
 
-def _slices(whole: Operator, sizes: dict[str, int]) -> list[Part]:
-    """Cut the rows of a matrix into parts of these sizes, one after the other."""
-    found, start = [], 0
-    for name, size in sizes.items():
-        shape = (size, *whole.shape[1:])
+def _rows(whole: Operator, layout: Layout) -> list[Part]:
+    """Cut the rows of a matrix."""
+    found = []
+    for name, rows in layout.rows().items():
+        shape = (layout.blocks * layout.sizes[name], *whole.shape[1:])
         operator = LinearOperator(shape) if isinstance(whole, LinearOperator) else ParameterOperator(shape)
-        found.append(Part(name, slice(start, start + size), operator, whole))
-        start += size
+        found.append(Part(name, rows, operator, whole))
     return found

@@ -1,47 +1,41 @@
-"""Read PEFT's LoRA files, ours or another writer's, and attach them to a model.
+"""Read PEFT's LoRA, DoRA and AdaLoRA files, ours or another writer's, as values.
 
 Only safetensors and JSON are read; a file beside them in any other format is never opened. What the reader cannot mean
 exactly it refuses.
 """
 
-import json
 import math
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from flowra_adapters.attach import attach
-from flowra_adapters.checkpoint import AdapterCheckpoint, owner_of
-from flowra_adapters.layers import linear_size
-from flowra_adapters.lora import LoRA
-from flowra_adapters.matching import adaptable_modules
+from flowra_adapters.checkpoint import AdapterCheckpoint, Kind, owner_of
+from flowra_adapters.json_files import read_json_object, read_tensors
+from flowra_adapters.peft_layout import stack_from_peft
 from flowra_adapters.peft_writer import CONFIG_NAME, PREFIX, TENSORS_NAME
 
-__all__ = ["load_adapter", "read_checkpoint"]
+__all__ = ["read_checkpoint"]
 
-MAX_CONFIG_BYTES = 16 * 2**20
 OFF: tuple[Any, ...] = (None, False, [], {})
 # Options that change what the tensors mean, with the values that do not; others are refused rather than ignored. The
 # initialisations listed leave the base weight alone; the rest (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change it, so that
 # B A would not be the whole update.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none", None),
+    "peft_type": ("LORA", "ADALORA"),
+    "bias": ("none", None, "lora_only", "all"),
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
     "use_rslora": (True, False, None),
+    "use_dora": (True, False, None),
+    "lora_bias": (True, False, None),
     "fan_in_fan_out": (True, False, None),
     **dict.fromkeys(
         (
-            "use_dora",
-            "lora_bias",
             "layer_replication",
-            "target_parameters",
             "trainable_token_indices",
             "use_bdlora",
             "use_qalora",
@@ -58,13 +52,18 @@ KINDS: Mapping[str, type] = {
     "base_model_name_or_path": str,
     "task_type": str,
     "modules_to_save": list,
+    "target_parameters": list,
     "rank_pattern": dict,
     "alpha_pattern": dict,
 }
+LORA_KEY = re.compile(r"(.+)\.(?:(lora_[AB])\.weight|lora_embedding_([AB])|(lora_magnitude_vector)|lora_B\.(bias))")
+ADALORA_KEY = re.compile(r"(.+)\.(lora_[ABE])()()()")
 
 
 def read_checkpoint(folder: str | Path) -> AdapterCheckpoint:
-    """Read a LoRA adapter in PEFT's format, ours or another writer's.
+    """Read a LoRA, DoRA or AdaLoRA adapter in PEFT's format, ours or another writer's.
+
+    AdaLoRA becomes LoRA: E is multiplied into B, and s is alpha / (init_r + 1e-5), as PEFT has it.
 
     Returns:
         Its values, with the scaling of each module from the global or per-module rank and alpha and rsLoRA.
@@ -75,23 +74,19 @@ def read_checkpoint(folder: str | Path) -> AdapterCheckpoint:
     """
     folder = Path(folder)
     config = _read_config(folder)
-    factors, saved, trained = _sort(_read_tensors(folder), config["modules_to_save"], folder)
-    ranks = _Pattern(config, "rank_pattern", "r")
-    alphas = _Pattern(config, "alpha_pattern", "lora_alpha")
-    scalings = {}
-    for name, (a, _) in factors.items():
-        rank = ranks.value(name)
-        if a.ndim == 2 and rank != a.shape[0]:
-            raise ValueError(
-                f"rank must be what the configuration says, {rank:g}, got {a.shape[0]} for {name!r} in {folder}"
-            )
-        scalings[name] = alphas.value(name) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    found = _sort(read_tensors(folder / TENSORS_NAME), config, folder)
+    adaptive = config.get("peft_type") == "ADALORA"
     try:
+        factors, scalings, kinds = _adalora(found, config) if adaptive else _lora(found, config)
         return AdapterCheckpoint(
             factors=factors,
             scalings=scalings,
-            modules_to_save=saved,
-            trained_modules=trained,
+            kinds=kinds,
+            magnitudes={name: each.flatten() for name, each in found.magnitudes.items()},
+            biases=found.biases,
+            bias_offsets={name: each * scalings.get(name, 1.0) for name, each in found.offsets.items()},
+            modules_to_save=found.saved,
+            trained_modules=tuple(sorted(found.trained)),
             base_model_name_or_path=config["base_model_name_or_path"] or None,
             task_type=config["task_type"] or None,
             fan_in_fan_out=bool(config.get("fan_in_fan_out")),
@@ -100,69 +95,135 @@ def read_checkpoint(folder: str | Path) -> AdapterCheckpoint:
         raise ValueError(f"{error}; in {folder}") from None
 
 
-def load_adapter(
-    model: nn.Module, folder: str | Path, *, adapter: str = "default", dtype: torch.dtype | None = None
-) -> dict[str, LoRA]:
-    """Attach the adapter in a folder to a model, and load its ``modules_to_save`` into the model's own modules.
+Factors = dict[str, tuple[Tensor, Tensor]]
 
-    Args:
-        model: changed in place; left as it was if anything does not fit.
-        folder: PEFT's two files.
-        adapter: name for the attached set.
-        dtype: of the adapter's tensors; by default the file's.
+
+@dataclass
+class _Found:
+    """The tensors of a file, sorted."""
+
+    halves: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    embeddings: set[str] = field(default_factory=set)
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)
+    offsets: dict[str, Tensor] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    saved: dict[str, Tensor] = field(default_factory=dict)
+    trained: set[str] = field(default_factory=set)
+
+
+def _lora(found: _Found, config: Mapping[str, Any]) -> tuple[Factors, dict[str, float], dict[str, Kind]]:
+    ranks, alphas = _Pattern(config, "rank_pattern", "r"), _Pattern(config, "alpha_pattern", "lora_alpha")
+    factors: Factors = {}
+    scalings: dict[str, float] = {}
+    kinds: dict[str, Kind] = dict.fromkeys(sorted(found.embeddings), "embedding")
+    parameters = _parameters(found, config["target_parameters"])
+    blocks = _attention_blocks(found)
+    for path, pair in sorted(found.halves.items()):
+        a, b = pair["lora_A"], pair["lora_B"]
+        name = parameters.get(path, path)
+        if path in blocks:
+            kinds[name] = "attention"
+        rank = ranks.value(name)
+        if path in parameters:
+            if not rank.is_integer():
+                raise ValueError(f"rank must be a whole number, got {rank:g} for {name!r}")
+            kinds[name] = "parameter"
+            a, b = stack_from_peft(a, b, int(rank))
+        elif a.ndim >= 2 and rank != a.shape[0]:
+            raise ValueError(f"rank must be what the configuration says, {rank:g}, got {a.shape[0]} for {name!r}")
+        factors[name] = a, b
+        scalings[name] = alphas.value(name) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    if bool(config.get("use_dora")) != bool(found.magnitudes):
+        raise ValueError(f"use_dora must say whether there are magnitudes, got {config.get('use_dora')}")
+    if bool(config.get("lora_bias")) != bool(found.offsets):
+        raise ValueError(f"lora_bias must say whether lora_B has biases, got {config.get('lora_bias')}")
+    for name, magnitude in found.magnitudes.items():
+        m = factors[name][1].shape[0] if name in factors else 0
+        if magnitude.numel() != m or max(magnitude.shape, default=0) != m:
+            raise ValueError(f"magnitudes must have one value for each of {m} rows, got {tuple(magnitude.shape)}")
+    for name, offset in found.offsets.items():
+        if name not in factors or offset.shape != factors[name][1].shape[:1]:
+            raise ValueError(f"lora_B must have a bias (m,), got {tuple(offset.shape)} for {name!r}")
+    return factors, scalings, kinds
+
+
+SECOND = ".base_layer.out_proj"
+
+
+def _attention_blocks(found: _Found) -> set[str]:
+    """Take out the output projections of attention blocks, which must have no update.
+
+    PEFT 0.21.2 adds such an update twice; a later one may not.
 
     Returns:
-        The attached adapters by module name.
+        The blocks.
 
     Raises:
-        ValueError: if the files are damaged, or any tensor does not fit or has no place in this model.
+        ValueError: if there is such an update, or another module is wrapped twice.
     """
-    checkpoint = read_checkpoint(folder)
-    own, layers = model.state_dict(), adaptable_modules(model)
-    unfit = sorted(checkpoint.factors.keys() - layers.keys())
-    if unfit:
-        raise ValueError(f"adapter must fit the model, got one for {unfit[0]!r}, no layer of it; in {folder}")
-    for name, tensor in checkpoint.modules_to_save.items():
-        if name not in own or own[name].shape != tensor.shape:
-            have = tuple(own[name].shape) if name in own else "no such tensor"
-            raise ValueError(f"{name!r} must fit the model ({have}), got {tuple(tensor.shape)} from {folder}")
-    for name, (a, b) in checkpoint.factors.items():
-        have = linear_size(layers[name])
-        if have != (b.shape[0], a.shape[1]):
+    blocks = set()
+    for path in [path for path in found.halves if path.endswith(SECOND)]:
+        pair = found.halves.pop(path)
+        if pair["lora_A"].count_nonzero() and pair["lora_B"].count_nonzero():
             raise ValueError(
-                f"adapter must belong to this base, got an update of {(b.shape[0], a.shape[1])} for {name!r} ({have});"
-                f" in {folder}"
+                f"the out_proj of an attention block must have no update, got one at {path[:200]!r}, which PEFT adds"
+                " once or twice, depending on its version"
             )
-    attached: dict[str, LoRA] = {}
-    ranks = {name: a.shape[0] for name, (a, _) in checkpoint.factors.items()}
-    for name, one in attach(model, ranks, modules_to_save=checkpoint.trained_modules, adapter=adapter).items():
-        assert isinstance(one, LoRA)
-        a, b = checkpoint.factors[name]
-        one.scaling = checkpoint.scalings[name]
-        device = one.lora_A.device
-        one.replace_factors(a.to(device=device, dtype=dtype or a.dtype), b.to(device=device, dtype=dtype or b.dtype))
-        attached[name] = one
-    with torch.no_grad():
-        for name, tensor in checkpoint.modules_to_save.items():
-            own[name].copy_(tensor)
-    return attached
+        blocks.add(path.removesuffix(SECOND))
+    wrapped = [path for path in found.halves if ".base_layer." in f"{path}."]
+    if wrapped:
+        raise ValueError(f"modules must be wrapped once, got {wrapped[0][:200]!r}: several parameters of one module")
+    return blocks
+
+
+def _parameters(found: _Found, targets: list[str]) -> dict[str, str]:
+    """Return the raw parameter of each wrapped module; several of one module are told apart by its order only."""
+    by_path: dict[str, str] = {}
+    for target in targets:
+        module, _, parameter = target.rpartition(".")
+        paths = [path for path in found.halves if module and f".{path}".endswith(f".{module}")]
+        if not paths:
+            raise ValueError(f"target_parameters must name parameters with factors, got {target[:200]!r}")
+        for path in paths:
+            if path in by_path:
+                raise ValueError(
+                    f"target_parameters must name one parameter of a module, got several of {path[:200]!r}, whose"
+                    " factors only the model's own order tells apart"
+                )
+            by_path[path] = f"{path}.{parameter}"
+    return by_path
+
+
+def _adalora(found: _Found, config: Mapping[str, Any]) -> tuple[Factors, dict[str, float], dict[str, Kind]]:
+    """Multiply E into B. A list of a rank pattern tells which of ``init_r`` triplets are left."""
+    initial, alpha = _Pattern(config, "", "init_r").value(""), _Pattern(config, "", "lora_alpha").value("")
+    if alpha < 0:
+        raise ValueError(f"lora_alpha must be above 0 for AdaLoRA, got {alpha:g}")
+    kept = {}
+    for key, mask in config["rank_pattern"].items():
+        if not isinstance(mask, list) or len(mask) != initial or not all(isinstance(each, bool) for each in mask):
+            raise ValueError(f"rank_pattern must hold lists of {initial:g} booleans, got {str(mask)[:40]} for {key!r}")
+        kept[re.sub(r"\.lora_E(\.[^.]+)?$", "", key).removeprefix(PREFIX)] = sum(mask)
+    factors: Factors = {}
+    for name, parts in sorted(found.halves.items()):
+        a, b, e = parts["lora_A"], parts["lora_B"], parts["lora_E"]
+        rank = kept.get(name, initial)
+        if a.ndim != 2 or b.ndim != 2 or e.shape != (len(a), 1) or b.shape[1] != len(a) or len(a) != rank:
+            shapes = f"{tuple(a.shape)}, {tuple(e.shape)}, {tuple(b.shape)}"
+            raise ValueError(f"AdaLoRA's factors must be (r, n), (r, 1), (m, r) with r = {rank:g}, got {shapes}")
+        if len(a):
+            factors[name] = a, b * e.T
+    return factors, dict.fromkeys(factors, alpha / (initial + 1e-5)), {}
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
-    if not path.is_file():
-        raise ValueError(f"adapter must be a folder with {CONFIG_NAME}, got {folder}")
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise ValueError(
-            f"{CONFIG_NAME} must be at most {MAX_CONFIG_BYTES} bytes, got {path.stat().st_size}; in {folder}"
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be JSON, got {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(config).__name__}")
+    config = read_json_object(path)
     strange = {key: config.get(key) for key, allowed in NEUTRAL.items() if config.get(key) not in allowed}
+    adaptive = config.get("peft_type") == "ADALORA"
+    if adaptive:
+        mixed = ("use_rslora", "use_dora", "lora_bias", "target_parameters", "alpha_pattern")
+        strange |= {key: config[key] for key in mixed if config.get(key)}
     if strange:
         raise ValueError(f"adapter must be plain LoRA, got {strange} in {path}. Convert it with PEFT first.")
     for key, kind in KINDS.items():
@@ -170,64 +231,67 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if value is not None and not isinstance(value, kind):
             raise ValueError(f"{key} must be a {kind.__name__} or null, got {value!r}; in {path}")
         config[key] = kind() if value is None else value
-    if not all(isinstance(name, str) and name for name in config["modules_to_save"]):
-        raise ValueError(f"modules_to_save must be names, got {config['modules_to_save']}; in {path}")
+    for key in ("modules_to_save", "target_parameters"):
+        if not all(isinstance(name, str) and name for name in config[key]):
+            raise ValueError(f"{key} must be names, got {config[key]}; in {path}")
     return config
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    path = folder / TENSORS_NAME
-    if not path.is_file():
-        others = sorted(each.name for each in folder.iterdir() if each.suffix in {".bin", ".pt", ".pth", ".ckpt"})
-        hint = f" Found {others[0]}: pickles are never opened; convert it to safetensors." if others else ""
-        raise ValueError(f"adapter must hold {TENSORS_NAME}, got none in {folder}.{hint}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} must be a whole safetensors file, got {error}") from None
-
-
-def _sort(
-    tensors: Mapping[str, Tensor], listed: list[str], folder: Path
-) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor], tuple[str, ...]]:
-    """Sort tensors into factor pairs and modules trained in full; a tensor that is neither is an error.
+def _sort(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> _Found:
+    """Sort tensors by what they are; one that is nothing is an error.
 
     Returns:
-        Factors by module, other tensors by name, and the modules that those belong to.
+        All of them.
 
     Raises:
         ValueError: if a tensor is not understood or a factor is alone.
     """
-    halves: dict[str, dict[str, Tensor]] = {}
-    saved: dict[str, Tensor] = {}
-    trained: set[str] = set()
+    found = _Found()
+    adaptive = config.get("peft_type") == "ADALORA"
+    biased = config.get("bias") not in ("none", None)
     for key, tensor in tensors.items():
         path = key.removeprefix(PREFIX)
-        factor = re.fullmatch(r"(.+)\.(lora_[AB])\.weight", path)
-        owner = owner_of(path, listed)
-        if key == path or not (factor or owner):
+        match = (ADALORA_KEY if adaptive else LORA_KEY).fullmatch(path)
+        owner = owner_of(path, config["modules_to_save"])
+        if key == path or not (match or owner or (biased and path.endswith(".bias"))):
             raise ValueError(f"tensors must be LoRA factors or lie in modules_to_save, got {key!r} in {folder}")
-        if factor:
-            halves.setdefault(factor[1], {})[factor[2]] = tensor
+        if match:
+            name, half, embedding, magnitude, _ = match.groups()
+            if magnitude:
+                found.magnitudes[name] = tensor
+            elif half or embedding:
+                parts = found.halves.setdefault(name, {})
+                if (half or f"lora_{embedding}") in parts:
+                    raise ValueError(
+                        f"a module must have one lora_A and one lora_B, got several for {name!r} in {folder}"
+                    )
+                parts[half or f"lora_{embedding}"] = tensor
+                found.embeddings |= {name} if embedding else set()
+            else:
+                found.offsets[name] = tensor
         elif owner:
-            saved[path] = tensor
-            trained.add(owner)
-    alone = [name for name, pair in halves.items() if len(pair) != 2]
-    if alone or not halves:
+            found.saved[path] = tensor
+            found.trained.add(owner)
+        else:
+            found.biases[path.replace(".base_layer.bias", ".bias")] = tensor
+    whole = {"lora_A", "lora_B", "lora_E"} if adaptive else {"lora_A", "lora_B"}
+    alone = [name for name, parts in found.halves.items() if parts.keys() != whole]
+    if alone or not found.halves:
         raise ValueError(f"every module must have lora_A and lora_B, got {alone or 'no factors'} in {folder}")
-    factors = {name: (pair["lora_A"], pair["lora_B"]) for name, pair in sorted(halves.items())}
-    return factors, saved, tuple(sorted(trained))
+    stray = sorted((found.magnitudes.keys() | found.offsets.keys()) - found.halves.keys())
+    if stray:
+        raise ValueError(f"every module must have lora_A and lora_B, got others alone for {stray} in {folder}")
+    return found
 
 
 class _Pattern:
     """Per-module values as PEFT resolves them: the first key that matches the end of a name, or the global value."""
 
     def __init__(self, config: Mapping[str, Any], pattern: str, default: str) -> None:
-        self._what = f"{pattern} and {default}"
+        self._what = f"{pattern} and {default}" if pattern else default
         self._default = config.get(default)
         self._keys = []
-        for key, value in config[pattern].items():
+        for key, value in (config[pattern] if pattern else {}).items():
             if re.search(r"\)[*+{]", key):  # a repeated group can take exponential time
                 raise ValueError(f"{pattern} must hold plain patterns, got a repeated group in {key!r}")
             try:

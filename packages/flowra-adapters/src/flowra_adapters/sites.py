@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from flowra_adapters.adapter import AdapterDict
 from flowra_adapters.operators import Operator, ParameterOperator, operator_of
 from flowra_adapters.parts import Part, parts_of
+from flowra_adapters.quantised import has_codes
 
 __all__ = ["Site", "sites"]
 
@@ -73,7 +74,8 @@ def sites(model: nn.Module) -> dict[str, Site]:
 
 def _of_module(name: str, module: nn.Module, block: nn.MultiheadAttention | None) -> Iterator[Site]:
     operator = None if block is not None else operator_of(module)
-    if isinstance(module, nn.RNNBase) or (isinstance(module, nn.Embedding) and module.max_norm is not None):
+    renormed = isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
+    if isinstance(module, nn.RNNBase) or renormed:
         return  # the first keeps its weights in a list of its own, the second rewrites them while it reads
     for parameter, tensor in module._parameters.items():
         if tensor is None or isinstance(tensor, nn.UninitializedParameter) or tensor.ndim == 0:
@@ -82,6 +84,8 @@ def _of_module(name: str, module: nn.Module, block: nn.MultiheadAttention | None
         at = name if main else f"{name}.{parameter}".lstrip(".")
         if not at:
             continue  # the model itself
+        if not (main and operator is not None) and has_codes(tensor):
+            continue  # of a quantised layer whose use of them is not known
         uses = operator if main and operator is not None else ParameterOperator(_shape(tensor))
         yield Site(at, module, parameter, module if block is None else block, uses)
 

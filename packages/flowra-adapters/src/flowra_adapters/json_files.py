@@ -1,0 +1,69 @@
+"""Reading configuration files that anyone may have written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+__all__ = ["read_json_object", "read_tensors"]
+
+MAX_CONFIG_BYTES = 16 * 2**20
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object of bounded size, in which no key stands twice.
+
+    Returns:
+        The object.
+
+    Raises:
+        ValueError: if the file is missing, too large, or anything else.
+    """
+    if not path.is_file():
+        raise ValueError(f"adapter must be a folder with {path.name}, got {path.parent}")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ValueError(
+            f"{path.name} must be at most {MAX_CONFIG_BYTES} bytes, got {path.stat().st_size}; in {path.parent}"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_doubles)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be JSON, got {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(config).__name__}")
+    return config
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a key that stands twice: readers differ on which one counts."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        double = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {double[:100]!r} twice")
+    return found
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read all tensors of a safetensors file.
+
+    Returns:
+        Name to tensor.
+
+    Raises:
+        ValueError: if the file is missing or damaged.
+    """
+    if not path.is_file():
+        others = sorted(each.name for each in path.parent.iterdir() if each.suffix in PICKLES)
+        hint = f" Found {others[0]}: pickles are never opened; convert it to safetensors." if others else ""
+        raise ValueError(f"adapter must hold {path.name}, got none in {path.parent}.{hint}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} must be a whole safetensors file, got {error}") from None
+
+
+PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
