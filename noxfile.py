@@ -81,7 +81,8 @@ def tests(session: nox.Session) -> None:
 def laws(session: nox.Session) -> None:
     """The whole product of adapter methods, layer types, dtypes and laws, which `tests` runs in part."""
     sync(session)
-    python(session, *PYTEST, "tests/adapters/test_laws.py", "-m", "", *session.posargs)
+    files = [f"tests/adapters/test_{name}.py" for name in ("laws", "capabilities", "compile")]
+    python(session, *PYTEST, *files, "-m", "", *session.posargs)
 
 
 @nox.session(venv_backend="none")

@@ -164,7 +164,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "pattern_rank_beyond_float": ({"rank_pattern": {"up": 10**400, "down": 2}}, "rank_pattern and r must be"),
     "declared_rank_wrong": ({"r": 5, "rank_pattern": {}}, "rank must be what the configuration says, 5, got"),
     "rank_zero": ({"r": 0, "rank_pattern": {}}, "rank_pattern and r must be finite numbers other than 0, got 0"),
-    "rank_text": ({"r": "3"}, "r must be finite numbers other than 0, got 3"),
+    "rank_text": ({"r": "3"}, "r must be finite numbers other than 0, got '3'"),
     "rank_missing": ({"r": None}, "r must be finite numbers other than 0, got None"),
     "alpha_nan": ({"lora_alpha": float("nan"), "alpha_pattern": {}}, "alpha_pattern and lora_alpha must be finite"),
     "alpha_zero": ({"lora_alpha": 0, "alpha_pattern": {}}, "must be finite numbers other than 0, got 0"),

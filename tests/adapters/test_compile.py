@@ -71,7 +71,7 @@ def test_convolutions_have_no_graph_break(method: str) -> None:
     assert_compiled_equals_eager(model, torch.randn(2, 3, 9, 9), "aot_eager")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_default_back_end_compiles_an_adapted_model() -> None:
     model = adapted(llama_causal_lm(), "all-linear", "lora")
     assert_compiled_equals_eager(model, torch.arange(12).reshape(2, 6), "inductor")

@@ -31,7 +31,7 @@ from flowra_testing.asserts import (
     strength,
 )
 
-__all__ = ["LAYERS", "MARKS", "PAGE", "heading", "line", "markdown", "probe"]
+__all__ = ["LAYERS", "MARKS", "PAGE", "heading", "line", "markdown", "probe", "title"]
 
 PAGE = Path(__file__).parents[2] / "docs" / "capabilities.md"
 DTYPE = torch.float32
@@ -56,8 +56,8 @@ LAYERS: Mapping[str, LayerType] = MappingProxyType({name: _ALL[name] for name in
 """The layer types of the page."""
 
 
-def probe(row: Method, layer_type: LayerType) -> str:
-    """Try everything with one method on one layer type.
+def probe(row: Method, layer_type: LayerType, *, without: str = "") -> str:
+    """Try everything with one method on one layer type, but for some marks.
 
     Returns:
         The marks it earned, or ``-`` where the method does not apply.
@@ -74,7 +74,8 @@ def probe(row: Method, layer_type: LayerType) -> str:
         "q": _takes_quantised,
         "c": _compiles,
     }
-    return "".join(mark for mark, test in tests.items() if _holds(test, row, layer_type)) or "-"
+    tried = {mark: test for mark, test in tests.items() if mark not in without}
+    return "".join(mark for mark, test in tried.items() if _holds(test, row, layer_type)) or "-"
 
 
 def markdown() -> str:
@@ -98,10 +99,15 @@ def heading() -> list[str]:
     ]
 
 
-def line(name: str) -> str:
-    """Probe one layer type with every method and write its line of the table."""
-    cells = [probe(row, _fitted(row, LAYERS[name])) for row in ROWS]
-    return f"| {name.replace('_', ' ')} | {' | '.join(cells)} |"
+def line(name: str, *, without: str = "") -> str:
+    """Probe one layer type with every method and write its line of the table, some marks left out."""
+    cells = [probe(row, _fitted(row, LAYERS[name]), without=without) for row in ROWS]
+    return f"| {title(name)} | {' | '.join(cells)} |"
+
+
+def title(name: str) -> str:
+    """Name a layer type on the page."""
+    return name.replace("_", " ")
 
 
 def _fitted(row: Method, layer_type: LayerType) -> LayerType:
@@ -177,4 +183,3 @@ def _compiles(row: Method, layer_type: LayerType) -> None:
     output = compiled(case.x)
     assert_close(output.detach(), expected.detach(), MERGE_TOLERANCE[DTYPE])
     output.square().mean().backward()
-
