@@ -6,7 +6,7 @@ import shlex
 import sys
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -119,6 +119,49 @@ def targets(
     from flowra_pipelines.targets import show_targets
 
     show_targets(model, task, as_json=as_json)
+
+
+@app.command()
+def export(
+    source: Annotated[
+        Path, typer.Argument(help="Folder of an adapter or of a run, or a run's YAML file.", show_default=False)
+    ],
+    consumer: Annotated[
+        Literal["peft", "vllm", "kohya"],
+        typer.Option("--for", help="Who reads it. kohya: also LyCORIS and ComfyUI.", show_default=False),
+    ],
+    to: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write, for kohya a .safetensors file; by default beside it.", show_default=False),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Folder, package://NAME/path or Hub name; by default what it says.", show_default=False),
+    ] = None,
+    rank_step: Annotated[int, typer.Option(min=1, help="Fill ranks up with zeros to multiples of this.")] = 1,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="Cut what is not LoRA for the reader to this rank; by default nothing is cut."),
+    ] = None,
+    prefix: Annotated[str, typer.Option(help="Of kohya's names: lora_unet, lora_te, lycoris.")] = "lycoris",
+    check: Annotated[
+        bool, typer.Option("--check", help="Read it back with peft, vLLM's rules or LyCORIS, and compare the logits.")
+    ] = False,
+) -> None:
+    """Write an adapter for PEFT, vLLM or kohya's tools; with --check, prove that they compute the same.
+
+    Scales are folded in, so that no reader can mis-scale it. What a reader would compute otherwise is refused with the
+    reason. Exit code 1: the check failed, and nothing was written.
+    """
+    _quiet()
+    from flowra_pipelines.export import show_export
+    from flowra_pipelines.export_check import CheckFailed
+
+    try:
+        show_export(source, consumer, to=to, base=base, rank_step=rank_step, rank=rank, prefix=prefix, check=check)
+    except CheckFailed as failed:
+        typer.echo(f"flowra: {failed} Nothing was written.", err=True)
+        sys.exit(1)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""An export is judged by its reader: peft, vLLM's rules, or LyCORIS give the logits that Flowra gives, or it is no good.
+"""An export is judged by its reader: peft, one with vLLM's rules, or LyCORIS must give the logits that Flowra gives.
 
 vLLM itself needs a GPU and a server. What it makes of a file is known from its sources: it takes one rank and one alpha
 for the whole adapter, ignores patterns, takes the tensors' names literally, and refuses what it cannot serve.
@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import warnings
-from copy import deepcopy
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +21,7 @@ from transformers import PreTrainedModel
 from flowra_adapters import disabled, sites
 from flowra_pipelines.errors import UserError
 
-__all__ = ["CheckFailed", "Difference", "compare", "require_reader"]
+__all__ = ["CheckFailed", "compare", "require_reader"]
 
 TOLERANCE = 1e-4
 ROUNDING = 1e-6
@@ -33,10 +32,6 @@ LENGTH = 16
 
 class CheckFailed(Exception):
     """The export's reader computes something else than Flowra; exit code 1."""
-
-
-class Difference(float):
-    """Largest difference of two answers, relative to the largest number in ours."""
 
 
 def require_reader(consumer: str) -> None:
@@ -53,7 +48,7 @@ def require_reader(consumer: str) -> None:
         )
 
 
-def compare(adapted: PreTrainedModel, fresh: PreTrainedModel, export: Path, *, consumer: str, prefix: str) -> Difference:
+def compare(adapted: PreTrainedModel, fresh: PreTrainedModel, export: Path, *, consumer: str, prefix: str) -> float:
     """Let the export's own reader put it on a fresh base, and compare its answer with Flowra's on a fixed input.
 
     Args:
@@ -64,10 +59,11 @@ def compare(adapted: PreTrainedModel, fresh: PreTrainedModel, export: Path, *, c
         prefix: of kohya's names.
 
     Returns:
-        The relative difference.
+        The largest difference, relative to the largest number in Flowra's answer.
 
     Raises:
-        CheckFailed: if it is above 1e-4 or half the adapter's effect, or the adapter has no effect.
+        CheckFailed: if it is above 1e-4 or half the adapter's effect, the adapter has no effect, or its reader fails.
+        UserError: if no input can be made for this model.
     """
     inputs = _inputs(adapted)
     ours = _answer(adapted, inputs)
@@ -76,14 +72,20 @@ def compare(adapted: PreTrainedModel, fresh: PreTrainedModel, export: Path, *, c
     effect = _relative(without, ours)
     if not effect > ROUNDING:
         raise CheckFailed("adapter must change the model's answer, got no change beyond rounding. Train longer.")
-    served = {"peft": _in_peft, "vllm": _in_vllm, "kohya": _in_lycoris}[consumer](fresh, export, prefix)
-    difference = _relative(_answer(served, inputs), ours)
+    serve = {"peft": _in_peft, "vllm": _in_vllm, "kohya": _in_lycoris}[consumer]
+    try:
+        difference = _relative(_answer(serve(fresh, export, prefix), inputs), ours)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        problem = (
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error) else type(error).__name__
+        )
+        raise CheckFailed(f"{consumer} must read the export, got {problem}") from None
     if not difference <= min(TOLERANCE, effect / 2):
         raise CheckFailed(
             f"{consumer} must give Flowra's answer within {min(TOLERANCE, effect / 2):.0e}, got a difference of"
             f" {difference:.1e}; the adapter's own effect is {effect:.1e}."
         )
-    return Difference(difference)
+    return difference
 
 
 def _in_peft(base: PreTrainedModel, folder: Path, prefix: str) -> nn.Module:
@@ -105,19 +107,20 @@ def _in_vllm(base: PreTrainedModel, folder: Path, prefix: str) -> nn.Module:
     for key, tensor in load_file(folder / "adapter_model.safetensors").items():
         name, _, half = key.removeprefix(VLLM_PREFIX).removesuffix(".weight").rpartition(".")
         halves.setdefault(name, {})[half.replace("lora_embedding_", "lora_")] = tensor
-        if name not in places or len(tensor) > config["r"] and half.endswith("A"):
+        if name not in places or (len(tensor) > config["r"] and half.endswith("A")):
             raise CheckFailed(f"vLLM must find a layer for every tensor, got {key!r} of shape {tuple(tensor.shape)}.")
     for name, pair in halves.items():
         operator, owner = places[name].operator, places[name].owner
         weight = owner._parameters["weight"]
         assert weight is not None
-        weight.data += operator.to_stored(scaling * operator.product(pair["lora_B"], pair["lora_A"])).to(weight)
+        update = operator.to_stored(scaling * operator.product(pair["lora_B"], pair["lora_A"]))
+        owner.weight = nn.Parameter(weight + update.to(weight), requires_grad=False)  # one that is tied stays as it was
     return base
 
 
 def _in_lycoris(base: PreTrainedModel, file: Path, prefix: str) -> nn.Module:
-    logging.getLogger("LyCORIS").setLevel(logging.ERROR)
     lycoris = import_module("lycoris")
+    logging.getLogger("LyCORIS").setLevel(logging.ERROR)  # it writes to the screen
     before = lycoris.LycorisNetwork.LORA_PREFIX
     lycoris.LycorisNetwork.LORA_PREFIX = prefix
     try:
@@ -162,8 +165,3 @@ def _answer(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 def _relative(one: Tensor, ours: Tensor) -> float:
     difference = float((one - ours).abs().max() / ours.abs().max())
     return difference if math.isfinite(difference) else math.inf
-
-
-def copy_of(model: PreTrainedModel) -> PreTrainedModel:
-    """Copy a base before it gets adapters."""
-    return deepcopy(model)
