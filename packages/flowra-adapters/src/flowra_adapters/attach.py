@@ -126,7 +126,7 @@ def adapters(model: nn.Module, adapter: str = "default") -> dict[str, Adapter]:
     """
     held_by_name = adapter_dicts(model)
     found = {
-        _site_name(module, held.sites[key]): one
+        held.sites[key].name_at(module): one
         for module, held in held_by_name.items()
         for key, one in held.named(adapter).items()
     }
@@ -209,12 +209,6 @@ def _method(method: str | AdapterMethod) -> AdapterMethod:
 
 def _key(adapter: str, site: Site) -> str:
     return f"{adapter}:{site.label}" if site.label else adapter
-
-
-def _site_name(module: str, site: Site) -> str:
-    """Name a site by where its module is now: an adapted module may have been put into another model."""
-    name = module if site.parameter == "weight" else f"{module}.{site.parameter}".lstrip(".")
-    return f"{name}:{site.part.name}" if site.part else name
 
 
 def _refuse_taken(places: Mapping[str, Site], keys: Mapping[str, str], adapter: str) -> None:

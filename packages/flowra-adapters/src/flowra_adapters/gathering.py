@@ -91,7 +91,7 @@ def checkpoint_of(
             bias = base_weight(held, site)
             biases[f"{module}.bias"] = own_copy((bias + one.delta_weight(bias)).to(bias.dtype))
             continue
-        name = _name(module, site)
+        name = site.name_at(module)
         keeps_magnitude = isinstance(one, DoRA) and consumer != "vllm"
         reason = obstacle(site.operator, consumer=consumer, magnitude=keeps_magnitude)
         if reason:
@@ -138,10 +138,6 @@ def _each(model: nn.Module, adapter: str) -> list[tuple[str, AdapterDict, Site, 
         for module, held in adapter_dicts(model).items()
         for key, one in held.named(adapter).items()
     ]
-
-
-def _name(module: str, site: Site) -> str:
-    return f"{module}{'' if site.label.startswith(':') or not site.label else '.'}{site.label}"
 
 
 def _place(module: str, site: Site, name: str) -> tuple[str, Kind | None]:

@@ -42,6 +42,11 @@ class Site:
         parameter = "" if self.parameter == "weight" else self.parameter
         return ":".join(each for each in (parameter, self.part.name if self.part else "") if each)
 
+    def name_at(self, module: str) -> str:
+        """Name the site by where its owner is now: an adapted module may have been put into another model."""
+        name = module if self.parameter == "weight" else f"{module}.{self.parameter}".lstrip(".")
+        return f"{name}:{self.part.name}" if self.part else name
+
     @property
     def whole(self) -> Operator:
         """The operator of the whole parameter."""
