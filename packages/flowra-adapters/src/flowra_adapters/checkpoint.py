@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["AdapterCheckpoint", "Kind", "own_copy", "owner_of"]
+__all__ = ["DTYPES", "AdapterCheckpoint", "Kind", "check_saved", "is_odd", "own_copy", "owner_of"]
 
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 Kind = Literal["embedding", "attention", "parameter"]
@@ -63,6 +63,8 @@ class AdapterCheckpoint:
             tensors: Mapping[str, Tensor] = getattr(self, group)
             for name, tensor in tensors.items():
                 _check_name(name)
+                if tensor.dtype not in DTYPES and (group != "modules_to_save" or is_odd(tensor)):
+                    raise ValueError(f"{group} must be floating point of ≥ 16 bits, got {tensor.dtype} for {name!r}")
                 if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                     raise ValueError(f"{group} must be finite, got NaN or infinity in {name!r}")
 
@@ -119,6 +121,28 @@ def owner_of(name: str, modules: Iterable[str]) -> str | None:
     parts = name.split(".")
     above = [".".join(parts[:end]) for end in range(1, len(parts))]
     return next((each for each in above if any(f".{each}".endswith(f".{module}") for module in modules)), None)
+
+
+def is_odd(tensor: Tensor) -> bool:
+    """Tell whether a tensor is complex, or of a floating point that PyTorch cannot calculate with."""
+    return tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype not in DTYPES)
+
+
+def check_saved(name: str, tensor: Tensor, own: Mapping[str, Tensor]) -> None:
+    """Check that a tensor of a module trained in full can take the place of the model's own, of another width perhaps.
+
+    Raises:
+        ValueError: if there is none, or it has another shape, is of another kind, or has no room for the values.
+    """
+    have = own.get(name)
+    if have is None or have.shape != tensor.shape:
+        has = "no such tensor" if have is None else tuple(have.shape)
+        raise ValueError(f"{name!r} must fit the model ({has}), got {tuple(tensor.shape)}")
+    wide = have.is_floating_point() and tensor.dtype in DTYPES
+    if not wide and have.dtype != tensor.dtype:
+        raise ValueError(f"{name!r} must fit the model ({have.dtype}), got {tensor.dtype}")
+    if wide and not torch.isfinite(tensor.to(have.dtype)).all():
+        raise ValueError(f"{name!r} must fit the model's {have.dtype}, got NaN, infinity, or values beyond it")
 
 
 def own_copy(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ tensors, so that what is read is bit by bit what was written.
 import dataclasses
 import inspect
 import json
-import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from flowra_adapters.adapter import Adapter
 from flowra_adapters.attach import adapters, attach
-from flowra_adapters.checkpoint import DTYPES, own_copy
+from flowra_adapters.checkpoint import DTYPES, check_saved, is_odd, own_copy
 from flowra_adapters.json_files import read_json_object, read_tensors
 from flowra_adapters.methods import METHODS, AdapterMethod
 from flowra_adapters.sites import Site, sites
@@ -109,9 +109,7 @@ def load_flowra_files(
     state = model.state_dict()
     saved = {key.removeprefix("saved/"): tensors.pop(key) for key in list(tensors) if key.startswith("saved/")}
     for key, tensor in saved.items():
-        if key not in state or state[key].shape != tensor.shape:
-            have = tuple(state[key].shape) if key in state else "no such tensor"
-            raise ValueError(f"{key!r} must fit the model ({have}), got {tuple(tensor.shape)} from {folder}")
+        check_saved(key, tensor, state)
         if not any(key.startswith(f"{module}.") for module in config["modules_to_save"]):
             raise ValueError(f"tensors must belong to a site or to modules_to_save, got {key!r} in {folder}")
     if tensors:
@@ -166,11 +164,20 @@ def _encoded(value: Any) -> Any:  # noqa: ANN401 - any argument
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
-def _decoded(value: Any, hint: Any) -> Any:  # noqa: ANN401 - any argument
+PLAIN = (int, str, bool, type(None))
+
+
+def _decoded(key: str, value: Any, hint: Any) -> Any:  # noqa: ANN401 - any argument
     """Turn JSON into an argument of the type that the method asks for."""
-    for kind in (hint, *get_args(hint)):
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type) and isinstance(value, dict):
-            return kind(**value)
+    kinds = get_args(hint) or (hint,)
+    for kind in kinds:
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            hints = get_type_hints(kind)
+            if not isinstance(value, dict) or value.keys() != hints.keys():
+                raise ValueError(f"{key} must be an object with the keys {sorted(hints)}, got {repr(value)[:100]}")
+            return kind(**{name: _decoded(name, each, hints[name]) for name, each in value.items()})
+    if all(kind in PLAIN for kind in kinds) and type(value) not in kinds:
+        raise ValueError(f"{key} must be {' or '.join(kind.__name__ for kind in kinds)}, got {repr(value)[:100]}")
     return value
 
 
@@ -181,16 +188,18 @@ def _dtype_name(dtype: torch.dtype) -> str:
 def _checked(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     if config.get("format_version") != FORMAT_VERSION:
         raise ValueError(
-            f"format_version must be {FORMAT_VERSION}, got {str(config.get('format_version'))[:40]} in {folder}. Read"
+            f"format_version must be {FORMAT_VERSION}, got {repr(config.get('format_version'))[:40]} in {folder}. Read"
             " it with the Flowra that wrote it."
         )
     if config.keys() != KEYS:
-        raise ValueError(f"{FLOWRA_CONFIG_NAME} must have the keys {sorted(KEYS)}, got {sorted(config)} in {folder}")
+        raise ValueError(
+            f"{FLOWRA_CONFIG_NAME} must have the keys {sorted(KEYS)}, got {str(sorted(config))[:200]} in {folder}"
+        )
     if not isinstance(config["sites"], dict) or not config["sites"]:
-        raise ValueError(f"sites must be an object that names at least one site, got {str(config['sites'])[:40]}")
+        raise ValueError(f"sites must be an object that names at least one site, got {repr(config['sites'])[:40]}")
     trained = config["modules_to_save"]
     if not isinstance(trained, list) or not all(isinstance(name, str) and name for name in trained):
-        raise ValueError(f"modules_to_save must be names, got {str(trained)[:200]} in {folder}")
+        raise ValueError(f"modules_to_save must be names, got {repr(trained)[:200]} in {folder}")
     return config
 
 
@@ -199,7 +208,7 @@ def _made(
 ) -> Adapter:
     """Make one adapter and install its tensors, which are taken out of ``tensors``."""
     if not isinstance(entry, dict) or entry.keys() != SITE_KEYS or not isinstance(entry["arguments"], dict):
-        raise ValueError(f"a site must have the keys {sorted(SITE_KEYS)}, got {str(entry)[:100]}")
+        raise ValueError(f"a site must have the keys {sorted(SITE_KEYS)}, got {repr(entry)[:100]}")
     row = known.get(entry["method"]) if isinstance(entry["method"], str) else None
     if row is None:
         raise ValueError(f"method must be one of {sorted(known)}, got {str(entry['method'])[:40]!r}")
@@ -208,14 +217,14 @@ def _made(
     dtype = {_dtype_name(each): each for each in DTYPES}.get(str(entry["dtype"]))
     numbers = (entry["scaling"], entry["dropout"])
     if isinstance(entry["rank"], bool) or not isinstance(entry["rank"], int) or dtype is None:
-        raise ValueError(f"rank and dtype must be a whole number and one of floating point, got {str(entry)[:100]}")
-    if any(isinstance(each, bool) or not isinstance(each, int | float) or not math.isfinite(each) for each in numbers):
+        raise ValueError(f"rank and dtype must be a whole number and one of floating point, got {repr(entry)[:100]}")
+    if not all(_is_finite(each) for each in numbers):
         raise ValueError(f"scaling and dropout must be finite numbers, got {str(numbers)[:100]}")
     unknown = sorted(entry["arguments"].keys() - set(_extra(row)))
     if unknown:
         raise ValueError(f"arguments must be those of {row.name!r}, {_extra(row)}, got {unknown[0][:40]!r}")
     hints = get_type_hints(_maker(row).__init__ if isinstance(_maker(row), type) else _maker(row))
-    arguments = {key: _decoded(value, hints.get(key)) for key, value in entry["arguments"].items()}
+    arguments = {key: _decoded(key, value, hints.get(key)) for key, value in entry["arguments"].items()}
     one = _maker(row)(
         site.operator,
         rank=entry["rank"],
@@ -225,10 +234,17 @@ def _made(
         generator=torch.Generator().manual_seed(0),
         **arguments,
     )
-    prefix = f"site/{name}/"
-    own = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
+    one.placed(lambda: torch.zeros(site.operator.shape))  # now it has all that it has on a site
+    prefix = f"site/{name}"
+    own = {key.rpartition("/")[2]: tensors.pop(key) for key in list(tensors) if key.rpartition("/")[0] == prefix}
     _install(one, own)
+    if one.rank != entry["rank"]:
+        raise ValueError(f"rank must be that of the tensors, {one.rank}, got {entry['rank']}")
     return one
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _install(one: Adapter, own: Mapping[str, Tensor]) -> None:
@@ -237,7 +253,10 @@ def _install(one: Adapter, own: Mapping[str, Tensor]) -> None:
     missing = sorted(born.keys() - own.keys())
     if missing:
         raise ValueError(f"tensors must be all of the adapter's, got none called {missing[0]!r}")
-    late = False
+    absent = {key for key, buffer in one._buffers.items() if buffer is None}
+    late = own.keys() & absent
+    if late and late != absent:
+        raise ValueError(f"tensors must be all of {sorted(absent)} or none, got {sorted(late)}")
     for key, tensor in own.items():
         path, _, leaf = key.rpartition(".")
         holder = one.get_submodule(path) if not path or path in dict(one.named_modules()) else nn.Module()
@@ -249,11 +268,13 @@ def _install(one: Adapter, own: Mapping[str, Tensor]) -> None:
         plain = tensor.dtype in DTYPES if key not in born or born[key].is_floating_point() else False
         if not plain and (key not in born or tensor.dtype != born[key].dtype):
             raise ValueError(f"{key} must be floating point of ≥ 16 bits, or what it was, got {tensor.dtype}")
-        late = late or key not in born
         if trained:
             holder._parameters[leaf] = nn.Parameter(tensor)
         else:
             holder._buffers[leaf] = tensor
+    matrices = {each.dtype for each in own.values() if each.is_floating_point() and each.ndim > 1}
+    if len(matrices) > 1:
+        raise ValueError(f"tensors of two axes and more must have one dtype, got {sorted(map(str, matrices))}")
     if late:
         _check_late(one)
 
@@ -272,5 +293,5 @@ def _check_late(one: Adapter) -> None:
 
 def _refuse_infinite(tensors: Mapping[str, Tensor]) -> None:
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+        if not is_odd(tensor) and not torch.isfinite(tensor).all():
             raise ValueError(f"tensors must be finite, got NaN or infinity in {key[:200]!r}")

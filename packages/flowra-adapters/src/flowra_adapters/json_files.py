@@ -10,6 +10,8 @@ from torch import Tensor
 __all__ = ["read_json_object", "read_tensors"]
 
 MAX_CONFIG_BYTES = 16 * 2**20
+MAX_AXES = 64  # PyTorch holds more, but cannot calculate with them
+MAX_NAME = 500  # characters; names appear in messages, and patterns are matched with them
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -61,9 +63,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"adapter must hold {path.name}, got none in {path.parent}.{hint}")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+            names = list(file.keys())
+            long = [key for key in names if len(key) > MAX_NAME]
+            if long:
+                raise ValueError(f"names must have at most {MAX_NAME} characters, got {long[0][:100]!r}… in {path}")
+            deep = [key for key in names if len(file.get_slice(key).get_shape()) > MAX_AXES]
+            if deep:
+                raise ValueError(f"tensors must have at most {MAX_AXES} axes, got more in {deep[0][:200]!r} in {path}")
+            return {key: file.get_tensor(key) for key in names}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} must be a whole safetensors file, got {error}") from None
+        reason = " ".join(str(error)[:300].split())
+        raise ValueError(f"{path} must be a whole safetensors file, got {reason}") from None
 
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt"}

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from flowra_adapters.adapter import Adapter
-from flowra_adapters.attach import attach, delete
-from flowra_adapters.checkpoint import AdapterCheckpoint
+from flowra_adapters.attach import attach
+from flowra_adapters.checkpoint import AdapterCheckpoint, check_saved
 from flowra_adapters.dora import DoRA
 from flowra_adapters.flowra_files import FLOWRA_CONFIG_NAME, load_flowra_files
 from flowra_adapters.lora import LoRA
@@ -79,35 +79,31 @@ def attach_checkpoint(
     """
     own, places = model.state_dict(), sites(model)
     for name, tensor in checkpoint.modules_to_save.items():
-        if name not in own or own[name].shape != tensor.shape:
-            have = tuple(own[name].shape) if name in own else "no such tensor"
-            raise ValueError(f"{name!r} must fit the model ({have}), got {tuple(tensor.shape)}")
+        check_saved(name, tensor, own)
     factors: dict[str, tuple[Tensor, Tensor, float]] = {}
     for name, (a, b) in checkpoint.factors.items():
         for place, ours_a, ours_b in _places(model, places, checkpoint, name, a, b):
-            factors[place] = ours_a, ours_b, checkpoint.scalings[name]
+            wide = dtype or torch.promote_types(ours_a.dtype, ours_b.dtype)
+            factors[place] = ours_a.to(wide), ours_b.to(wide), checkpoint.scalings[name]
+            if not all(torch.isfinite(each).all() for each in factors[place][:2]):
+                raise ValueError(f"factors must fit {wide}, got values beyond it for {name!r}")
     offsets = _bias_offsets(places, checkpoint)
     ranks = {place: a.shape[0] for place, (a, _, _) in factors.items()}
-    dora = bool(checkpoint.magnitudes)
+    low_rank_method = "dora" if checkpoint.magnitudes else "lora"
+    ready = AdapterMethod(
+        name="as saved",
+        adapter=LoRA,
+        scaling=METHODS["lora"].scaling,
+        adapts=lambda site: site.name in ranks or site.name in offsets,
+        instead=lambda site: "bitfit" if site.name in offsets else low_rank_method,
+    )
     found = attach(
         model,
-        ranks,
-        method="dora" if dora else "lora",
+        ranks | dict.fromkeys(offsets, 1),
+        method=ready,
         modules_to_save=checkpoint.trained_modules,
         adapter=adapter,
     )
-    if offsets:
-        try:
-            found |= attach(
-                model,
-                dict.fromkeys(offsets, 1),
-                method="bitfit",
-                modules_to_save=checkpoint.trained_modules,
-                adapter=adapter,
-            )
-        except ValueError:
-            delete(model, adapter)
-            raise
     for place, one in found.items():
         if isinstance(one, ParameterOffset):
             one.replace_offset(offsets[place].to(one.offset).unsqueeze(0))
@@ -115,7 +111,7 @@ def attach_checkpoint(
         assert isinstance(one, LoRA)
         a, b, one.scaling = factors[place]
         device = one.lora_A.device
-        one.replace_factors(a.to(device=device, dtype=dtype or a.dtype), b.to(device=device, dtype=dtype or b.dtype))
+        one.replace_factors(a.to(device), b.to(device))
         if isinstance(one, DoRA):
             magnitude = checkpoint.magnitudes[place]
             one.replace_magnitude(magnitude.to(device=device, dtype=dtype or magnitude.dtype))
@@ -191,4 +187,7 @@ def _bias_offsets(places: Mapping[str, Site], checkpoint: AdapterCheckpoint) -> 
                 " create_missing_biases first."
             )
         found[name] = found[name] + offset if name in found else offset
+    for name, offset in found.items():
+        if not torch.isfinite(offset.to(places[name].owner._parameters[places[name].parameter])).all():
+            raise ValueError(f"biases must fit the model's dtype, got values beyond it for {name!r}")
     return found

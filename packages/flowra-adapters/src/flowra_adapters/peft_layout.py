@@ -118,8 +118,8 @@ def stack_from_peft(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, 
     Raises:
         ValueError: if there is no such E.
     """
-    rows, columns = len(lora_A), lora_B.shape[-1]
-    if lora_A.ndim != 2 or lora_B.ndim != 2 or rows != columns or rows == 0 or rows % rank:
+    rows = len(lora_A) if lora_A.ndim == lora_B.ndim == 2 else 0
+    if rows == 0 or rows != lora_B.shape[1] or rows % rank:
         raise ValueError(
             f"factors of a raw parameter must be (E · {rank}, n) and (m, {rank} · E), got {tuple(lora_A.shape)} and"
             f" {tuple(lora_B.shape)}"

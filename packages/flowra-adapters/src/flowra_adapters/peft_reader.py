@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flowra_adapters.checkpoint import AdapterCheckpoint, Kind, owner_of
+from flowra_adapters.checkpoint import DTYPES, AdapterCheckpoint, Kind, owner_of
 from flowra_adapters.json_files import read_json_object, read_tensors
 from flowra_adapters.peft_layout import stack_from_peft
 from flowra_adapters.peft_writer import CONFIG_NAME, PREFIX, TENSORS_NAME
@@ -125,8 +125,8 @@ def _lora(found: _Found, config: Mapping[str, Any]) -> tuple[Factors, dict[str, 
             kinds[name] = "attention"
         rank = ranks.value(name)
         if path in parameters:
-            if not rank.is_integer():
-                raise ValueError(f"rank must be a whole number, got {rank:g} for {name!r}")
+            if not rank.is_integer() or rank < 1:
+                raise ValueError(f"rank must be a whole number above 0, got {rank:g} for {name!r}")
             kinds[name] = "parameter"
             a, b = stack_from_peft(a, b, int(rank))
         elif a.ndim >= 2 and rank != a.shape[0]:
@@ -134,16 +134,17 @@ def _lora(found: _Found, config: Mapping[str, Any]) -> tuple[Factors, dict[str, 
         factors[name] = a, b
         scalings[name] = alphas.value(name) / (math.sqrt(rank) if config.get("use_rslora") else rank)
     if bool(config.get("use_dora")) != bool(found.magnitudes):
-        raise ValueError(f"use_dora must say whether there are magnitudes, got {config.get('use_dora')}")
+        raise ValueError(f"use_dora must say whether there are magnitudes, got {repr(config.get('use_dora'))[:40]}")
     if bool(config.get("lora_bias")) != bool(found.offsets):
-        raise ValueError(f"lora_bias must say whether lora_B has biases, got {config.get('lora_bias')}")
+        raise ValueError(f"lora_bias must say whether lora_B has biases, got {repr(config.get('lora_bias'))[:40]}")
     for name, magnitude in found.magnitudes.items():
         m = factors[name][1].shape[0] if name in factors else 0
         if magnitude.numel() != m or max(magnitude.shape, default=0) != m:
             raise ValueError(f"magnitudes must have one value for each of {m} rows, got {tuple(magnitude.shape)}")
     for name, offset in found.offsets.items():
-        if name not in factors or offset.shape != factors[name][1].shape[:1]:
-            raise ValueError(f"lora_B must have a bias (m,), got {tuple(offset.shape)} for {name!r}")
+        if name not in factors or offset.shape != factors[name][1].shape[:1] or offset.dtype not in DTYPES:
+            got = f"{tuple(offset.shape)} of {offset.dtype}"
+            raise ValueError(f"lora_B must have a bias (m,), floating point of ≥ 16 bits, got {got} for {name!r}")
     return factors, scalings, kinds
 
 
@@ -202,7 +203,9 @@ def _adalora(found: _Found, config: Mapping[str, Any]) -> tuple[Factors, dict[st
     kept = {}
     for key, mask in config["rank_pattern"].items():
         if not isinstance(mask, list) or len(mask) != initial or not all(isinstance(each, bool) for each in mask):
-            raise ValueError(f"rank_pattern must hold lists of {initial:g} booleans, got {str(mask)[:40]} for {key!r}")
+            raise ValueError(
+                f"rank_pattern must hold lists of {initial:g} booleans, got {repr(mask)[:40]} for {key[:100]!r}"
+            )
         kept[re.sub(r"\.lora_E(\.[^.]+)?$", "", key).removeprefix(PREFIX)] = sum(mask)
     factors: Factors = {}
     for name, parts in sorted(found.halves.items()):
@@ -211,6 +214,9 @@ def _adalora(found: _Found, config: Mapping[str, Any]) -> tuple[Factors, dict[st
         if a.ndim != 2 or b.ndim != 2 or e.shape != (len(a), 1) or b.shape[1] != len(a) or len(a) != rank:
             shapes = f"{tuple(a.shape)}, {tuple(e.shape)}, {tuple(b.shape)}"
             raise ValueError(f"AdaLoRA's factors must be (r, n), (r, 1), (m, r) with r = {rank:g}, got {shapes}")
+        if not {a.dtype, b.dtype, e.dtype} <= DTYPES:
+            dtypes = f"{a.dtype}, {e.dtype}, {b.dtype}"
+            raise ValueError(f"AdaLoRA's factors must be floating point of ≥ 16 bits, got {dtypes} for {name!r}")
         if len(a):
             factors[name] = a, b * e.T
     return factors, dict.fromkeys(factors, alpha / (initial + 1e-5)), {}
@@ -225,15 +231,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
         mixed = ("use_rslora", "use_dora", "lora_bias", "target_parameters", "alpha_pattern")
         strange |= {key: config[key] for key in mixed if config.get(key)}
     if strange:
-        raise ValueError(f"adapter must be plain LoRA, got {strange} in {path}. Convert it with PEFT first.")
+        raise ValueError(
+            f"adapter must be plain LoRA, got {repr(strange)[:200]} in {path}. Convert it with PEFT first."
+        )
     for key, kind in KINDS.items():
         value = config.get(key)
         if value is not None and not isinstance(value, kind):
-            raise ValueError(f"{key} must be a {kind.__name__} or null, got {value!r}; in {path}")
+            raise ValueError(f"{key} must be a {kind.__name__} or null, got {repr(value)[:100]}; in {path}")
         config[key] = kind() if value is None else value
     for key in ("modules_to_save", "target_parameters"):
         if not all(isinstance(name, str) and name for name in config[key]):
-            raise ValueError(f"{key} must be names, got {config[key]}; in {path}")
+            raise ValueError(f"{key} must be names, got {repr(config[key])[:100]}; in {path}")
     return config
 
 
@@ -277,10 +285,14 @@ def _sort(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path
     whole = {"lora_A", "lora_B", "lora_E"} if adaptive else {"lora_A", "lora_B"}
     alone = [name for name, parts in found.halves.items() if parts.keys() != whole]
     if alone or not found.halves:
-        raise ValueError(f"every module must have lora_A and lora_B, got {alone or 'no factors'} in {folder}")
+        raise ValueError(
+            f"every module must have lora_A and lora_B, got {str(alone)[:200] if alone else 'no factors'} in {folder}"
+        )
     stray = sorted((found.magnitudes.keys() | found.offsets.keys()) - found.halves.keys())
     if stray:
-        raise ValueError(f"every module must have lora_A and lora_B, got others alone for {stray} in {folder}")
+        raise ValueError(
+            f"every module must have lora_A and lora_B, got others alone for {str(stray)[:200]} in {folder}"
+        )
     return found
 
 
@@ -292,16 +304,72 @@ class _Pattern:
         self._default = config.get(default)
         self._keys = []
         for key, value in (config[pattern] if pattern else {}).items():
-            if re.search(r"\)[*+{]", key):  # a repeated group can take exponential time
-                raise ValueError(f"{pattern} must hold plain patterns, got a repeated group in {key!r}")
             try:
-                self._keys.append((re.compile(rf"(.*\.)?({key})$"), value))
+                self._keys.append((_Expression(key), value))
             except (re.error, RecursionError, OverflowError) as error:
-                raise ValueError(f"{pattern} must hold regular expressions, got {key!r}: {error}") from None
+                raise ValueError(
+                    f"{pattern} must hold regular expressions, got {key[:100]!r}: {str(error)[:100]}"
+                ) from None
+            except ValueError as error:
+                raise ValueError(f"{pattern} must hold plain patterns, got {error}") from None
 
     def value(self, name: str) -> float:
         """Return the value for a module."""
-        value = next((value for key, value in self._keys if key.match(name)), self._default)
+        value = next((value for key, value in self._keys if key.matches(name)), self._default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < abs(value) <= sys.float_info.max:
-            raise ValueError(f"{self._what} must be finite numbers other than 0, got {str(value)[:40]} for {name!r}")
+            raise ValueError(f"{self._what} must be finite numbers other than 0, got {repr(value)[:40]} for {name!r}")
         return float(value)
+
+
+MAX_WAYS = 10**7  # of matching one name with one pattern; some take half a second to try
+
+
+class _Expression:
+    """A regular expression by somebody else, which matches the end of a name; what could take long is refused.
+
+    Raises:
+        ValueError: if a group is repeated, or is more than ``(…)``, ``(?:…)`` or a look-ahead.
+    """
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+        if len(key) > MAX_PATTERN:
+            raise ValueError(f"one of {len(key)} characters: {key[:100]!r}")
+        plain = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", key, flags=re.DOTALL)
+        if re.search(r"\)[*+{]", plain):  # takes exponential time
+            raise ValueError(f"a repeated group in {key[:100]!r}")
+        if re.search(r"\(\?(?![:=!])", plain):  # whose flags may hide one
+            raise ValueError(f"a special group in {key[:100]!r}")
+        self._compiled = re.compile(rf"(.*\.)?({key})$")
+        plain = plain.replace("(?", "(")
+        self._repeats = len(re.findall(r"[*+{]", plain))
+        self._choices = 2 ** plain.count("?")
+        while "(" in plain:  # innermost groups first; alternatives of one group add up, those of several multiply
+            inner, count = re.subn(r"\(([^()]*)\)", self._count, plain)
+            if not count:
+                break
+            plain = inner
+        self._choices *= plain.count("|") + 1
+
+    def _count(self, group: re.Match[str]) -> str:
+        self._choices *= group[1].count("|") + 1
+        return ""
+
+    def matches(self, name: str) -> bool:
+        """Tell whether it matches.
+
+        Returns:
+            Whether it does.
+
+        Raises:
+            ValueError: if there are too many ways in which it might.
+        """
+        ways = math.comb(len(name) + self._repeats + 1, self._repeats + 1) * self._choices
+        if self._repeats + self._choices > 1 and ways > MAX_WAYS:
+            raise ValueError(
+                f"patterns must match in few ways, got {self._key[:100]!r} for {name!r}. Write names instead."
+            )
+        return self._compiled.match(name) is not None
+
+
+MAX_PATTERN = 5000
