@@ -285,6 +285,23 @@ def test_where_there_is_a_database_the_server_starts_at_once_and_only_once(
     assert steps.done == [("tracking", True), ("flow", True)]
 
 
+def test_an_interrupt_at_the_terminal_reaches_the_command_and_not_the_server(
+    steps: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    said: list[str] = []
+
+    def server(**_: object) -> None:
+        said.append(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+
+    make_with(monkeypatch, QUICKLY)
+    monkeypatch.setattr(prefect.client.orchestration, "get_client", server)
+    with starting.flow_ahead() as run:
+        run(CONFIG, False)
+    assert said == ["True\n"]
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
 def test_a_server_that_does_not_start_ends_the_run_before_the_flow(
     steps: Steps, monkeypatch: pytest.MonkeyPatch
 ) -> None:

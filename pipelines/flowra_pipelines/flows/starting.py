@@ -5,6 +5,7 @@ time, to make its database. Both can go on beside the command's own imports.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -63,12 +64,15 @@ def _start_server() -> Callable[[], object]:
     started: Future[object] = Future()
 
     def start() -> None:
+        if hasattr(signal, "pthread_sigmask"):
+            # Ctrl-C goes to all processes of the terminal; a flow that is interrupted still needs its server.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             started.set_result(get_client(sync_client=True))
         except BaseException as error:
             started.set_exception(error)
 
-    # Prefect ends the server at exit. That must not wait for the thread, which may wait for a server interrupted first.
+    # Prefect ends the server at exit; that must not wait until the thread has seen it answer.
     Thread(target=copy_context().run, args=(start,), daemon=True).start()
     return started.result
 
