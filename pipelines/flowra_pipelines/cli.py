@@ -273,6 +273,8 @@ def _quiet() -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):  # they tell of kernels for other machines
+        logging.getLogger(name).setLevel(logging.ERROR)
     import datasets
     from transformers.utils import logging as transformers_logging
 
