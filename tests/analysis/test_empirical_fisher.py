@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowra_analysis import EmpiricalFisher, Estimate, fisher_trace, squared_gradient_norms
+from flowra_analysis import EmpiricalFisher, Estimate, Signals, fisher_trace, squared_gradient_norms
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/flowra_fisher.json").read_text())
 Batch = dict[str, Tensor]
@@ -72,7 +72,7 @@ def test_golden_norms_and_trace() -> None:
     x, g = (torch.tensor(GOLDEN[key], dtype=torch.float64) for key in ("x", "grad_out"))
     expected = torch.tensor(GOLDEN["per_example_grads"], dtype=torch.float64).square().sum((1, 2))
     torch.testing.assert_close(squared_gradient_norms(x, g), expected, rtol=1e-8, atol=0)
-    found = EmpiricalFisher.init().update("layer", x, g).finalise()["layer"]
+    found = EmpiricalFisher.init().update("layer", Signals(x, g)).finalise()["layer"]
     assert found.mean == pytest.approx(GOLDEN["trace_empirical_fisher"], rel=1e-8)
     assert found.standard_error == pytest.approx(float(expected.std()) / math.sqrt(2), rel=1e-8)
 
@@ -80,7 +80,7 @@ def test_golden_norms_and_trace() -> None:
 def test_trace_is_not_the_square_of_the_mean_gradient() -> None:
     x, g = (torch.tensor(GOLDEN[key], dtype=torch.float64) for key in ("x", "grad_out"))
     square_of_mean = sum(map(sum, GOLDEN["square_of_mean_gradient_NOT_fisher"]))
-    assert EmpiricalFisher.init().update("layer", x, g).finalise()["layer"].mean > 2 * square_of_mean
+    assert EmpiricalFisher.init().update("layer", Signals(x, g)).finalise()["layer"].mean > 2 * square_of_mean
 
 
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 30], ids=lambda length: f"T={length}")
@@ -145,8 +145,11 @@ def test_two_halves_merged_equal_the_whole_and_states_are_values() -> None:
     generator = torch.Generator().manual_seed(0)
     x, g = (torch.randn(10, 3, size, dtype=torch.float64, generator=generator) for size in (4, 5))
     empty = EmpiricalFisher.init()
-    whole = empty.update("a", x, g)
-    first, second = empty.update("a", x[:3], g[:3]), empty.update("a", x[3:], g[3:]).update("b", x, g)
+    whole = empty.update("a", Signals(x, g))
+    first, second = (
+        empty.update("a", Signals(x[:3], g[:3])),
+        empty.update("a", Signals(x[3:], g[3:])).update("b", Signals(x, g)),
+    )
     merged = first.merge(second)
     assert merged.finalise()["a"] == pytest.approx(whole.finalise()["a"], rel=1e-12)
     assert merged.finalise()["b"] == pytest.approx(whole.finalise()["a"], rel=1e-12)
@@ -159,7 +162,9 @@ def test_two_halves_merged_equal_the_whole_and_states_are_values() -> None:
 @pytest.mark.parametrize("scale", [1e-10, 1e10])
 def test_equal_examples_have_no_standard_error_at_any_scale(scale: float) -> None:
     x = torch.full((4, 2, 3), scale, dtype=torch.float64)
-    assert EmpiricalFisher.init().update("a", x, x).finalise()["a"] == Estimate(pytest.approx(36 * scale**4), 0.0)
+    assert EmpiricalFisher.init().update("a", Signals(x, x)).finalise()["a"] == Estimate(
+        pytest.approx(36 * scale**4), 0.0
+    )
 
 
 def test_model_and_gradients_are_left_as_they_were() -> None:
@@ -239,8 +244,8 @@ def test_signals_of_other_shapes_are_refused() -> None:
 
 
 def test_empty_batch_adds_nothing() -> None:
-    state = EmpiricalFisher.init().update("a", torch.ones(2, 1, 3), torch.ones(2, 1, 3))
-    assert state.update("a", torch.ones(0, 1, 3), torch.ones(0, 1, 3)) == state
+    state = EmpiricalFisher.init().update("a", Signals(torch.ones(2, 1, 3), torch.ones(2, 1, 3)))
+    assert state.update("a", Signals(torch.ones(0, 1, 3), torch.ones(0, 1, 3))) == state
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])

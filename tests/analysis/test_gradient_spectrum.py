@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from flowra_analysis import (
     GradientSketch,
+    Signals,
     effective_rank,
     effective_rank_energy,
     gradient_spectra,
@@ -38,7 +39,7 @@ def stream(gradient: Tensor) -> tuple[Tensor, Tensor]:
 
 def sketch(gradient: Tensor, *, size: int = K, seed: int = 0) -> GradientSketch:
     state = GradientSketch.init((gradient.shape[0], gradient.shape[1]), size=size, seed=seed, dtype=torch.float64)
-    return state.update(*stream(gradient))
+    return state.update(Signals(*stream(gradient)))
 
 
 def examples(num: int) -> tuple[Tensor, Tensor]:
@@ -116,13 +117,13 @@ def test_norm_and_error_are_unbiased_and_the_norm_scatters_less_than_that_of_the
 def test_neither_the_order_of_batches_nor_their_split_over_states_matters(order: list[int], cuts: list[int]) -> None:
     x, g = examples(6)
     empty = GradientSketch.init((M, N_IN), size=K, dtype=torch.float64)
-    whole = empty.update(x, g)
+    whole = empty.update(Signals(x, g))
     parts = [order[: min(cuts)], order[min(cuts) : max(cuts)], order[max(cuts) :]]
     states = []
     for part in parts:
         state = empty
         for index in part:
-            state = state.update(x[index : index + 1], g[index : index + 1])
+            state = state.update(Signals(x[index : index + 1], g[index : index + 1]))
         states.append(state)
     merged = states[2].merge(states[0]).merge(states[1])
     assert merged.num_examples == 6
@@ -162,7 +163,7 @@ def test_states_that_did_not_begin_alike_are_not_merged(other: GradientSketch) -
 
 def test_half_precision_is_accumulated_in_float32() -> None:
     x = torch.ones(1, 4096, 6, dtype=torch.bfloat16)
-    state = GradientSketch.init((5, 6)).update(x, torch.ones(1, 4096, 5, dtype=torch.bfloat16))
+    state = GradientSketch.init((5, 6)).update(Signals(x, torch.ones(1, 4096, 5, dtype=torch.bfloat16)))
     assert {each.dtype for each in state.sums} == {torch.float32}
     assert float(state.finalise().singular_values[0]) == pytest.approx(4096 * math.sqrt(30), rel=1e-5)
 
@@ -204,10 +205,10 @@ def test_signals_that_do_not_fit_or_are_not_finite_are_refused() -> None:
     state = GradientSketch.init((3, 4))
     for x, g in [(torch.ones(2, 4), torch.ones(2, 3)), (torch.ones(1, 2, 3), torch.ones(1, 2, 4))]:
         with pytest.raises(ValueError, match=r"x and g must have shapes \(N, T, 4\) and \(N, T, 3\), got"):
-            state.update(x, g)
+            state.update(Signals(x, g))
     for bad in (math.nan, math.inf, 1e38):
         with pytest.raises(ValueError, match=r"x and g must be finite, and their products too, got NaN or infinity"):
-            state.update(torch.full((1, 2, 4), bad), torch.full((1, 2, 3), bad))
+            state.update(Signals(torch.full((1, 2, 4), bad), torch.full((1, 2, 3), bad)))
 
 
 def test_arguments_out_of_range_are_refused() -> None:
@@ -281,7 +282,7 @@ def test_two_processes_that_share_the_data_get_together_what_one_gets() -> None:
     for part in batches():
         state = GradientSketch.init((9, 9), size=4, seed=5, dtype=torch.float64)
         for batch in per_example_signals(model, [part], loss, ["shared"]):
-            state = state.update(batch["shared"].x, batch["shared"].g)
+            state = state.update(batch["shared"])
         states.append(state)
     merged = states[0].merge(states[1]).finalise()
     torch.testing.assert_close(merged.singular_values, whole.singular_values)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flowra_analysis import layer_signals
+from flowra_analysis import Signals, layer_signals
 
-Signals = dict[str, tuple[Tensor, Tensor]]
+Found = dict[str, tuple[Tensor, Tensor]]
 
 
 @pytest.fixture(autouse=True)
@@ -18,9 +18,9 @@ def network(frozen: bool = False) -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double().requires_grad_(not frozen)
 
 
-def collect(model: nn.Module, names: list[str], *inputs: Tensor, mask: Tensor | None = None) -> Signals:
-    found: Signals = {}
-    with layer_signals(model, names, lambda name, x, g: found.update({name: (x, g)}), mask=mask):
+def collect(model: nn.Module, names: list[str], *inputs: Tensor, mask: Tensor | None = None) -> Found:
+    found: Found = {}
+    with layer_signals(model, names, lambda name, seen: found.update({name: (seen.x, seen.g)}), mask=mask):
         sum(model(x).square().sum() for x in inputs).backward()
     return found
 
@@ -95,7 +95,7 @@ def test_calls_that_disagree_about_examples_are_refused() -> None:
 def test_each_backward_pass_is_handed_over_by_itself() -> None:
     model, x = network(), torch.randn(2, 3, 4).double()
     calls: list[tuple[str, Tensor]] = []
-    with layer_signals(model, ["2", "0"], lambda name, x, g: calls.append((name, g))):
+    with layer_signals(model, ["2", "0"], lambda name, seen: calls.append((name, seen.g))):
         first, second = model(x[:1]).sum(), model(x[1:]).square().sum()
         assert not calls
         second.backward()
@@ -141,7 +141,7 @@ def test_hooks_are_gone_after_an_error_and_later_passes_hand_over_nothing() -> N
     losses: list[Tensor] = []
 
     def fail_inside() -> None:
-        with layer_signals(model, ["0", "2"], lambda name, x, g: seen.append(name)):
+        with layer_signals(model, ["0", "2"], lambda name, _: seen.append(name)):
             losses.append(model(torch.randn(2, 4).double()).sum())
             raise KeyError("boom")
 
@@ -156,7 +156,7 @@ def test_error_in_the_callback_is_raised_by_backward() -> None:
     model, fail = network(), True
     seen: list[str] = []
 
-    def callback(name: str, x: Tensor, g: Tensor) -> None:
+    def callback(name: str, signals: Signals) -> None:
         if fail:
             raise KeyError(f"boom at {name}")
         seen.append(name)
@@ -171,7 +171,7 @@ def test_error_in_the_callback_is_raised_by_backward() -> None:
 
 def test_forward_without_grad_mode_is_left_alone() -> None:
     model = network()
-    with layer_signals(model, ["0"], lambda name, x, g: None), torch.no_grad():
+    with layer_signals(model, ["0"], lambda name, seen: None), torch.no_grad():
         assert not model(torch.randn(2, 4).double()).requires_grad
 
 
@@ -179,8 +179,8 @@ def test_forward_without_grad_mode_is_left_alone() -> None:
 def test_gradient_checkpointing_changes_nothing(use_reentrant: bool) -> None:
     model, x = network(), torch.randn(3, 4).double().requires_grad_()
     expected = collect(model, ["0", "2"], x)
-    found: Signals = {}
-    with layer_signals(model, ["0", "2"], lambda name, x, g: found.update({name: (x, g)})):
+    found: Found = {}
+    with layer_signals(model, ["0", "2"], lambda name, seen: found.update({name: (seen.x, seen.g)})):
         torch.utils.checkpoint.checkpoint(model, x, use_reentrant=use_reentrant).square().sum().backward()
     assert all(torch.equal(a, b) for name in expected for a, b in zip(expected[name], found[name], strict=True))
 

@@ -40,7 +40,7 @@ def test_real_tokens_are_those_of_the_mask_where_the_mask_fits_the_call() -> Non
     assert torch.equal(signals["tokens"].real, MASK.bool())
     assert torch.equal(signals["twice"].real, torch.cat([MASK.bool(), torch.ones(2, 2, dtype=torch.bool)], 1))
     assert signals["pooled"].real is None
-    for name, (x, g, real) in signals.items():
+    for name, (x, g, real, *_) in signals.items():
         assert x.shape == g.shape
         assert real is None or not g[~real].any(), name
 
@@ -67,8 +67,8 @@ def test_between_batches_the_model_is_in_its_own_modes_without_hooks_also_if_the
 def test_a_loop_of_one_s_own_gives_what_the_ready_made_function_gives() -> None:
     state, names = EmpiricalFisher.init(), ["tokens", "twice", "pooled"]
     for batch in per_example_signals(Network(), inputs(), loss, names, mask=lambda _: MASK):
-        for name, (x, g, _) in batch.items():
-            state = state.update(name, x, g)
+        for name, signals in batch.items():
+            state = state.update(name, signals)
     expected = fisher_trace(Network(), inputs(), loss, names, mask=lambda _: MASK)
     assert {name: pytest.approx(each) for name, each in state.finalise().items()} == expected
 

@@ -15,7 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flowra_analysis.per_example_signals import Batch, per_example_signals
+from flowra_analysis.layer_signals import Signals
+from flowra_analysis.measure import measure
+from flowra_analysis.per_example_signals import Batch
 
 __all__ = ["EmpiricalFisher", "Estimate", "fisher_trace", "squared_gradient_norms"]
 
@@ -53,13 +55,12 @@ class EmpiricalFisher:
         """Return the state before the first batch."""
         return cls()
 
-    def update(self, name: str, x: Tensor, g: Tensor, *, batch: int | None = None) -> "EmpiricalFisher":
+    def update(self, name: str, signals: Signals, *, batch: int | None = None) -> "EmpiricalFisher":
         """Add the examples of one batch for one module.
 
         Args:
             name: the module's.
-            x: ``(N, T, n)``, the module's input.
-            g: ``(N, T, m)``, the gradient of each example's own loss at the module's output.
+            signals: what passed through it, g the gradient of each example's own loss.
             batch: index of the batch, for error messages.
 
         Returns:
@@ -68,7 +69,9 @@ class EmpiricalFisher:
         Raises:
             ValueError: if the shapes do not fit, or a norm is NaN or infinite.
         """
-        values = squared_gradient_norms(x, g).double()
+        x, g = signals.by_group()
+        norms = squared_gradient_norms(x.flatten(0, 1), g.flatten(0, 1))
+        values = norms.view(signals.groups, -1).double().sum(0)
         if not torch.isfinite(values).all():
             example = int((~torch.isfinite(values)).nonzero()[0])
             where = "" if batch is None else f", batch {batch}"
@@ -151,7 +154,7 @@ def fisher_trace(
         batches: whatever ``per_example_loss`` understands; at least two examples in all.
         per_example_loss: ``(model, batch)`` to ``(N,)``, each example's own loss: a sum or mean over its own tokens,
             never over the batch.
-        module_names: exact qualified names of linear layers (``nn.Linear`` or transformers' ``Conv1D``).
+        module_names: exact qualified names of layers, see :func:`is_measurable_layer`.
         mask: ``batch`` to ``(N, T)``, nonzero at real tokens; see :func:`layer_signals`. Not needed where padding
             reaches neither attention nor loss.
 
@@ -165,11 +168,8 @@ def fisher_trace(
 
     Source: docs/methods.md, section 2.
     """
-    state = EmpiricalFisher.init()
-    for index, batch in enumerate(per_example_signals(model, batches, per_example_loss, module_names, mask=mask)):
-        for name, (x, g, _) in batch.items():
-            state = state.update(name, x, g, batch=index)
-    return state.finalise()
+    begun = {"fisher": EmpiricalFisher.init()}
+    return measure(model, batches, per_example_loss, module_names, begun, mask=mask)["fisher"].finalise()
 
 
 def _combine(a: Moments, b: Moments) -> Moments:

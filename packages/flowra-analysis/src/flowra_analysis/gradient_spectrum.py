@@ -13,17 +13,19 @@ sketch, its reconstruction and its error estimate. docs/methods.md, section 10. 
 the paper's least is 2k + 1; ‖G‖² by a control variate, see :meth:`GradientSketch.finalise`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from flowra_analysis.per_example_signals import Batch, per_example_signals
+from flowra_analysis.layer_signals import Signals
+from flowra_analysis.measure import measure
+from flowra_analysis.per_example_signals import Batch
 from flowra_analysis.rank_measures import effective_rank, stable_rank
 
-__all__ = ["GradientSketch", "GradientSpectrum", "gradient_spectra"]
+__all__ = ["GradientSketch", "GradientSpectra", "GradientSpectrum", "gradient_spectra"]
 
 CORE_FACTOR = 4
 NUM_CHECKS = 10
@@ -167,12 +169,11 @@ class GradientSketch:
         zeros = [torch.zeros(each, dtype=dtype, device=device) for each in [(k, n), (m, k), (s, s), (NUM_CHECKS, n)]]
         return cls(shape=(m, n), size=k, seed=seed, num_examples=0, probes=Probes(*probes), sums=Sums(*zeros))
 
-    def update(self, x: Tensor, g: Tensor) -> "GradientSketch":
-        """Add the examples of one batch. Cost T(10k + 10)(m + n) multiplications or so, T the tokens.
+    def update(self, signals: Signals) -> "GradientSketch":
+        """Add the examples of one batch. Cost T(6k + 10)(m + n) multiplications or so, T the tokens.
 
         Args:
-            x: ``(N, T, n)``, the module's input, floating point.
-            g: ``(N, T, m)``, the gradient of each example's own loss at the module's output.
+            signals: what passed through the module, g the gradient of each example's own loss.
 
         Returns:
             The state with these N examples.
@@ -181,25 +182,46 @@ class GradientSketch:
             ValueError: if the shapes do not fit, or the sketch is then not finite.
         """
         m, n = self.shape
-        if x.ndim != 3 or x.shape[:2] != g.shape[:2] or (*g.shape[2:], *x.shape[2:]) != (m, n):
+        if signals.x.shape[:2] != signals.g.shape[:2] or signals.weight_shape != self.shape:
             raise ValueError(
-                f"x and g must have shapes (N, T, {n}) and (N, T, {m}), got {tuple(x.shape)} and {tuple(g.shape)}"
+                f"x and g must have shapes (N, T, {n * signals.groups}) and (N, T, {m}), got"
+                f" {tuple(signals.x.shape)} and {tuple(signals.g.shape)}"
             )
+        x, g = signals.by_group()
         upsilon, omega, phi, psi, theta = self.probes
-        num_examples = self.num_examples + len(x)
-        x, g = x.flatten(0, 1).to(omega.dtype), g.flatten(0, 1).to(omega.dtype)
+        x, g = x.flatten(1, 2).to(omega.dtype), g.flatten(1, 2).to(omega.dtype)
+        tokens = x.flatten(0, 1)
+
+        def rows(probe: Tensor) -> Tensor:
+            """Project g, each group by its own part of the probe."""
+            projected: Tensor = g @ probe.unflatten(1, (signals.groups, -1)).movedim(1, 0).mT
+            return projected.flatten(0, 1)
+
+        def columns(probe: Tensor) -> Tensor:
+            return tokens @ (probe if signals.columns is None else probe[:, signals.columns]).T
+
+        def spread(values: Tensor) -> Tensor:
+            """Give the result a column for each id of an embedding."""
+            if signals.columns is None:
+                return values
+            return values.new_zeros(len(values), n).index_copy_(1, signals.columns, values)
+
         seen = Sums(
-            corange=(g @ upsilon.T).T @ x,
-            range=g.T @ (x @ omega.T),
-            core=(g @ phi.T).T @ (x @ psi.T),
-            check=(g @ theta.T).T @ x,
+            corange=spread(rows(upsilon).T @ tokens),
+            range=(g.mT @ columns(omega).unflatten(0, (signals.groups, -1))).flatten(0, 1),
+            core=rows(phi).T @ columns(psi),
+            check=spread(rows(theta).T @ tokens),
         )
         if not torch.stack([each.sum() for each in seen]).isfinite().all():
             raise ValueError(
                 "x and g must be finite, and their products too, got NaN or infinity. Check the loss and the inputs of"
                 " this batch, or compute in a wider dtype."
             )
-        return replace(self, num_examples=num_examples, sums=_add(self.sums, seen))
+        return replace(self, num_examples=self.num_examples + len(signals.x), sums=_add(self.sums, seen))
+
+    def emptied(self) -> "GradientSketch":
+        """Return the state before the first batch that began as this one did."""
+        return replace(self, num_examples=0, sums=Sums(*map(torch.zeros_like, self.sums)))
 
     def merge(self, other: "GradientSketch") -> "GradientSketch":
         """Return the state that has seen the examples of both, on the device of this one.
@@ -247,6 +269,87 @@ class GradientSketch:
         return self.shape, self.size, self.seed, self.probes.omega.dtype
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class GradientSpectra:
+    """What is known so far of the mean gradient of each module: a :class:`GradientSketch` for each."""
+
+    size: int
+    seed: int
+    sketches: Mapping[str, GradientSketch]
+    """Module name to sketch; those of one shape share their probes."""
+
+    @classmethod
+    def init(cls, *, size: int = 32, seed: int = 0) -> "GradientSpectra":
+        """Return the state before the first batch.
+
+        Args:
+            size: k, number of singular values, four times as many as shall be accurate; at most min(m, n) are used.
+            seed: of the probes.
+
+        Raises:
+            ValueError: if the size is not positive.
+        """
+        if size < 1:
+            raise ValueError(f"size must be at least 1, got {size}")
+        return cls(size=size, seed=seed, sketches={})
+
+    def update(self, name: str, signals: Signals, *, batch: int | None = None) -> "GradientSpectra":
+        """Add the examples of one batch for one module.
+
+        Args:
+            name: the module's.
+            signals: what passed through it, g the gradient of each example's own loss.
+            batch: index of the batch, for error messages.
+
+        Returns:
+            The state with these N examples, accumulated in the dtype of x and g, at least float32.
+
+        Raises:
+            ValueError: if the shapes do not fit, or the sketch is then not finite.
+        """
+        sketch = self.sketches.get(name) or self._begin(signals)
+        try:
+            return replace(self, sketches={**self.sketches, name: sketch.update(signals)})
+        except ValueError as error:
+            where = "" if batch is None else f", batch {batch}"
+            raise ValueError(f"{error} For module {name!r}{where}.") from None
+
+    def merge(self, other: "GradientSpectra") -> "GradientSpectra":
+        """Return the state that has seen the examples of both.
+
+        Raises:
+            ValueError: if the two did not begin with the same size and seed.
+        """
+        if (self.size, self.seed) != (other.size, other.seed):
+            raise ValueError(
+                f"other must begin with the same (size, seed) {self.size, self.seed}, got {other.size, other.seed}"
+            )
+        sketches = dict(self.sketches)
+        for name, theirs in other.sketches.items():
+            sketches[name] = sketches[name].merge(theirs) if name in sketches else theirs
+        return replace(self, sketches=sketches)
+
+    def finalise(self) -> dict[str, GradientSpectrum]:
+        """Return the spectrum of each module.
+
+        Raises:
+            ValueError: if no example was seen.
+        """
+        if not self.sketches:
+            raise ValueError("batches must hold at least one example, got none")
+        return {name: sketch.finalise() for name, sketch in self.sketches.items()}
+
+    def _begin(self, signals: Signals) -> GradientSketch:
+        """Return an empty sketch, with the probes of another of its shape where there is one."""
+        dtype = torch.promote_types(torch.promote_types(signals.x.dtype, signals.g.dtype), torch.float32)
+        shape, device = signals.weight_shape, signals.g.device
+        for sketch in self.sketches.values():
+            omega = sketch.probes.omega
+            if (sketch.shape, omega.dtype, omega.device) == (shape, dtype, device):
+                return sketch.emptied()
+        return GradientSketch.init(shape, size=self.size, seed=self.seed, dtype=dtype, device=device)
+
+
 def gradient_spectra(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -260,14 +363,14 @@ def gradient_spectra(
     """Sketch the spectrum of the mean gradient of each named module's weight; no ``weight.grad`` is needed or written.
 
     The gradient is the mean over examples of that of each example's own loss. Accumulated in the dtype of x and g, at
-    least float32. To split the data over processes, update :class:`GradientSketch` states from
-    :func:`per_example_signals` and merge them.
+    least float32. To split the data over processes, feed :class:`GradientSpectra` states by
+    :func:`measure` and merge them.
 
     Args:
         model: must treat the examples of a batch independently, first axis N.
         batches: whatever ``per_example_loss`` understands; at least one example in all.
         per_example_loss: ``(model, batch)`` to ``(N,)``; see :func:`per_example_signals`.
-        module_names: exact qualified names of linear layers (``nn.Linear`` or transformers' ``Conv1D``).
+        module_names: exact qualified names of layers, see :func:`is_measurable_layer`.
         size: k, number of singular values, four times as many as shall be accurate; at most min(m, n) are used.
         seed: of the probes.
         mask: ``batch`` to ``(N, T)``, nonzero at real tokens; see :func:`layer_signals`.
@@ -287,25 +390,8 @@ def gradient_spectra(
     >>> spectrum.singular_values.shape, round(spectrum.energy_share(rank=4), 4), model.weight.grad
     (torch.Size([4]), 1.0, None)
     """
-    empty: dict[tuple[object, ...], GradientSketch] = {}  # layers of one shape share their probes
-    states: dict[str, GradientSketch] = {}
-    for index, batch in enumerate(per_example_signals(model, batches, per_example_loss, module_names, mask=mask)):
-        for name, (x, g, _) in batch.items():
-            if name not in states:
-                dtype = torch.promote_types(torch.promote_types(x.dtype, g.dtype), torch.float32)
-                kind = (g.shape[-1], x.shape[-1], dtype, x.device)
-                if kind not in empty:
-                    empty[kind] = GradientSketch.init(
-                        (g.shape[-1], x.shape[-1]), size=size, seed=seed, dtype=dtype, device=x.device
-                    )
-                states[name] = empty[kind]
-            try:
-                states[name] = states[name].update(x, g)
-            except ValueError as error:
-                raise ValueError(f"{error} For module {name!r}, batch {index}.") from None
-    if not states:
-        raise ValueError("batches must hold at least one example, got none")
-    return {name: state.finalise() for name, state in states.items()}
+    begun = {"gradient": GradientSpectra.init(size=size, seed=seed)}
+    return measure(model, batches, per_example_loss, module_names, begun, mask=mask)["gradient"].finalise()
 
 
 def _add(ours: Sums, theirs: Sums) -> Sums:

@@ -48,7 +48,7 @@ def kronecker_factors(
         model: must treat the examples of a batch independently, first axis N.
         batches: whatever ``per_example_loss`` understands; at least one example in all.
         per_example_loss: ``(model, batch)`` to ``(N,)``; see :func:`per_example_signals`.
-        module_names: exact qualified names of linear layers (``nn.Linear`` or transformers' ``Conv1D``).
+        module_names: exact qualified names of layers, see :func:`is_measurable_layer`.
         dense_limit: largest n or m for which a factor is exact.
         size: columns of the sketch above that; see :class:`SecondMoment`.
         seed: of the sketches.
@@ -86,7 +86,7 @@ def kronecker_factors(
 
     states: dict[str, tuple[SecondMoment, SecondMoment]] = {}
     for index, batch in enumerate(per_example_signals(model, batches, per_example_loss, module_names, mask=mask)):
-        for name, (x, g, real) in batch.items():
+        for name, (x, g, real, *_) in batch.items():
             if name not in states:
                 dtype = torch.promote_types(torch.promote_types(x.dtype, g.dtype), torch.float32)
                 states[name] = (begin(x, "token", dtype), begin(g, "example", dtype))

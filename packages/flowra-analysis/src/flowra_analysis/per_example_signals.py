@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from flowra_analysis.layer_signals import Signals, record_signals
-from flowra_analysis.linear_layers import linear_modules
+from flowra_analysis.layer_signals import Signals, dense, join, layer_signals
+from flowra_analysis.layers import measurable_modules, stores_transpose
 
 __all__ = ["Batch", "per_example_signals"]
 
@@ -26,6 +26,9 @@ def per_example_signals(
 ) -> Iterator[dict[str, Signals]]:
     """Run the batches and yield, for each, the signals of every named module: one pass can feed several statistics.
 
+    Modules that share a weight, such as an embedding and the head tied to it, are one layer called several times: their
+    calls are joined under the name of the first of them. To tell them apart, name only one.
+
     The *sum* of the losses is backpropagated, so each example's gradient is that of its own loss. While a batch runs
     the model is in eval mode; when its signals are yielded it is in the modes it was in, without hooks. The backward
     pass ends at the modules' outputs: no ``.grad`` is written and no hook of a parameter fires.
@@ -35,7 +38,7 @@ def per_example_signals(
         batches: whatever ``per_example_loss`` understands.
         per_example_loss: ``(model, batch)`` to ``(N,)``, each example's own loss: a sum or mean over its own tokens,
             never over the batch.
-        module_names: exact qualified names of linear layers (``nn.Linear`` or transformers' ``Conv1D``).
+        module_names: exact qualified names of layers, see :func:`is_measurable_layer`.
         mask: ``batch`` to ``(N, T)``, nonzero at real tokens; see :func:`layer_signals`.
 
     Yields:
@@ -54,7 +57,7 @@ def per_example_signals(
     torch.Size([4, 1, 3]) torch.Size([4, 1, 2]) None
     torch.Size([1, 1, 3]) torch.Size([1, 1, 2]) None
     """
-    modules = linear_modules(model, module_names)
+    modules = measurable_modules(model, module_names)
     for index, batch in enumerate(batches):
         with _evaluation(model), torch.enable_grad():
             real = None if mask is None else mask(batch)
@@ -73,7 +76,7 @@ def _signals(
     """Run one batch; a module without signals, or with signals that are not per example, is an error."""
     signals: dict[str, Signals] = {}
     with (
-        record_signals(model, modules, signals.__setitem__, mask=mask),
+        layer_signals(model, modules, signals.__setitem__, mask=mask),
         _output_edges(modules.values()) as edges,
     ):
         losses = per_example_loss(model, batch)
@@ -95,7 +98,22 @@ def _signals(
             f"modules must see one row per example, got {rows} for {len(losses)} examples; in batch {index}. Batch and"
             " tokens share an axis there: exclude these modules."
         )
-    return signals
+    return _joined(modules, signals)
+
+
+def _joined(modules: Mapping[str, nn.Module], signals: Mapping[str, Signals]) -> dict[str, Signals]:
+    """Join the calls of modules that share a weight under the first one's name, in the modules' order."""
+    owners: dict[int, str] = {}
+    calls: dict[str, list[Signals]] = {}
+    for name, module in modules.items():
+        owner = owners.setdefault(id(module.weight), name)
+        call = signals[name]
+        if stores_transpose(module) != stores_transpose(modules[owner]):  # an embedding and the head tied to it
+            calls[owner] = [dense(each) for each in calls[owner]]
+            call = dense(call)
+            call = call._replace(x=call.g, g=call.x)
+        calls.setdefault(owner, []).append(call)
+    return {name: join(each) for name, each in calls.items()}
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from flowra_analysis.linear_layers import linear_modules, weight_matrix
+from flowra_analysis.layers import measurable_modules, weight_matrix
 
 __all__ = [
     "effective_rank",
@@ -116,7 +116,7 @@ def profile_weights(
 
     Args:
         model: not changed.
-        module_names: exact qualified names of linear layers (``nn.Linear`` or transformers' ``Conv1D``).
+        module_names: exact qualified names of layers, see :func:`is_measurable_layer`.
 
     Returns:
         Statistics by module name (``weight_effective_rank``, ``weight_stable_rank``, ``weight_redundancy``), and
@@ -126,7 +126,7 @@ def profile_weights(
         ValueError: if a name is unknown or a weight is not a finite floating-point matrix.
     """
     statistics, spectra = {}, {}
-    for name, module in linear_modules(model, module_names).items():
+    for name, module in measurable_modules(model, module_names).items():
         weight = weight_matrix(module)
         try:
             sigma = weight_spectrum(weight).cpu()

@@ -1,6 +1,8 @@
+import bitsandbytes as bnb
 import pytest
 import torch
 import torch.nn.functional as F
+import torchao.quantization
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
@@ -8,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from flowra_analysis import (
     effective_rank,
     fisher_trace,
-    is_linear_layer,
+    is_measurable_layer,
     layer_signals,
     profile_weights,
     redundancy,
@@ -64,13 +66,16 @@ Stranger.__name__ = "Conv1D"
         (Conv1D(2, 3), True),
         (Derived(2, 3), True),
         (Stranger(), False),
-        (nn.Conv1d(3, 2, 1), False),
+        (nn.Conv1d(3, 2, 1), True),
+        (nn.ConvTranspose2d(3, 2, 1), True),
+        (nn.Embedding(3, 2), True),
+        (nn.LayerNorm(3), False),
         (nn.Bilinear(3, 3, 2), False),
     ],
     ids=lambda value: type(value).__qualname__ if isinstance(value, nn.Module) else "",
 )
-def test_a_linear_layer_is_an_nn_linear_or_the_conv1d_of_transformers(module: nn.Module, expected: bool) -> None:
-    assert is_linear_layer(module) is expected
+def test_what_is_measured_is_linear_layers_convolutions_and_embeddings(module: nn.Module, expected: bool) -> None:
+    assert is_measurable_layer(module) is expected
 
 
 @pytest.mark.parametrize("module", [nn.Linear(3, 2), Conv1D(2, 3)], ids=["Linear", "Conv1D"])
@@ -82,8 +87,8 @@ def test_the_weight_matrix_is_out_by_in_and_shares_the_memory_of_the_weight(modu
 
 
 def test_the_weight_matrix_of_anything_else_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"module must be an nn\.Linear or a transformers Conv1D, got Conv1d"):
-        weight_matrix(nn.Conv1d(3, 2, 1))
+    with pytest.raises(TypeError, match=r"module must be one of nn\.Linear, .* and nn\.Embedding, got LayerNorm"):
+        weight_matrix(nn.LayerNorm(3))
 
 
 def test_a_wrong_name_is_told_the_nearest_conv1d() -> None:
@@ -100,7 +105,9 @@ def test_signals_of_a_conv1d_sum_to_the_transposed_weight_gradient(frozen: bool)
         loss(model, batches()[0]).sum(), [model.get_submodule(name).weight for name in NAMES]
     )
     model.requires_grad_(not frozen)
-    with layer_signals(model, NAMES, lambda name, x, g: found.update({name: torch.einsum("ntm,ntk->mk", g, x)})):
+    with layer_signals(
+        model, NAMES, lambda name, seen: found.update({name: torch.einsum("ntm,ntk->mk", seen.g, seen.x)})
+    ):
         loss(model, batches()[0]).sum().backward()
     for name, gradient in zip(NAMES, expected, strict=True):
         torch.testing.assert_close(found[name], gradient.T)
@@ -108,7 +115,7 @@ def test_signals_of_a_conv1d_sum_to_the_transposed_weight_gradient(frozen: bool)
 
 def test_a_conv1d_called_by_keyword_is_seen() -> None:
     layer, found = Conv1D(2, 3), []
-    with layer_signals(layer, [""], lambda name, x, g: found.append((x.shape, g.shape))):
+    with layer_signals(layer, [""], lambda _, seen: found.append((seen.x.shape, seen.g.shape))):
         layer(x=torch.ones(4, 5, 3)).sum().backward()
     assert found == [((4, 5, 3), (4, 5, 2))]
 
@@ -139,3 +146,41 @@ def test_weights_of_a_real_gpt2_are_profiled_like_those_of_the_linear_layer_that
         shape = tuple(weight_matrix(model.get_submodule(name)).shape)
         assert statistics[name]["weight_redundancy"] == pytest.approx(redundancy(sigma, shape))
     assert weight_matrix(model.get_submodule("transformer.h.0.attn.c_attn")).shape == (24, 8)
+
+
+def quantised(kind: str) -> tuple[nn.Module, Tensor]:
+    """Build a layer as a library stores it, and the weight that it stands for."""
+    torch.manual_seed(0)
+    plain = nn.Linear(64, 96)
+    if kind == "torchao int8":
+        model = nn.Sequential(plain)
+        torchao.quantization.quantize_(model, torchao.quantization.Int8WeightOnlyConfig(version=2))
+        return model[0], model[0].weight.dequantize()
+    layer = bnb.nn.Linear4bit(64, 96, compute_dtype=torch.float32, quant_type="nf4")
+    layer.load_state_dict(plain.state_dict())
+    layer = layer.to("cpu")
+    layer(torch.zeros(1, 64))  # it quantises where it first computes
+    return layer, bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "torchao int8"])
+def test_the_weight_matrix_of_a_quantised_layer_is_the_weight_it_computes_with(kind: str) -> None:
+    layer, expected = quantised(kind)
+    torch.testing.assert_close(weight_matrix(layer), expected.float(), rtol=1e-5, atol=1e-6)
+    statistics, spectra = profile_weights(nn.Sequential(layer), ["0"])
+    torch.testing.assert_close(spectra["0"].float(), torch.linalg.svdvals(expected.float()), rtol=1e-4, atol=1e-5)
+    assert statistics["0"]["weight_effective_rank"] > 1
+
+
+@pytest.mark.parametrize("kind", ["nf4", "torchao int8"])
+def test_the_fisher_trace_on_a_frozen_quantised_layer_is_that_of_the_weight_it_stands_for(kind: str) -> None:
+    layer, weight = quantised(kind)
+    twin = nn.Linear(64, 96)
+    twin.weight.data, twin.bias.data = weight.float(), layer.bias.data.float()
+    batch = [torch.randn(4, 5, 64)]
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x).square().sum((1, 2))
+
+    found, expected = (fisher_trace(nn.Sequential(each), batch, loss, ["0"])["0"] for each in (layer, twin))
+    assert found.mean == pytest.approx(expected.mean, rel=1e-3)
