@@ -44,21 +44,26 @@ def derivatives(model: nn.Module, one: LoRA, x: Tensor) -> list[Tensor]:
 
 @pytest.fixture
 def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
-    """Count where the fused step is taken."""
-    module = import_module("flowra_adapters.applying")
+    """Count where the fused step is taken: added to the output, or folded into the weight for the pass."""
     calls: list[nn.Module] = []
-    original = module.fused_update
-
-    def counting(layer: nn.Module, x: Tensor, output: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-        calls.append(layer)
-        return original(layer, x, output, a, b, scaling)
-
-    monkeypatch.setattr(module, "fused_update", counting)
+    count(monkeypatch, "fused_update", calls)
+    count(monkeypatch, "folded_update", calls)
     return calls
 
 
+def count(monkeypatch: pytest.MonkeyPatch, name: str, calls: list[nn.Module]) -> None:
+    module = import_module("flowra_adapters.applying")
+    original = getattr(module, name)
+
+    def counting(layer: nn.Module, *arguments: object) -> Tensor:
+        calls.append(layer)
+        return original(layer, *arguments)
+
+    monkeypatch.setattr(module, name, counting)
+
+
 @KINDS
-@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0,)], ids=str)
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0,), (4, 5)], ids=str)
 def test_values_and_gradients_equal_the_composed_ones(
     build: Layer, shape: tuple[int, ...], fused_calls: list[nn.Module]
 ) -> None:
@@ -74,7 +79,8 @@ def test_values_and_gradients_equal_the_composed_ones(
 
 
 @KINDS
-def test_first_and_second_derivatives_are_right(build: Layer, fused_calls: list[nn.Module]) -> None:
+@pytest.mark.parametrize("rows", [3, 6], ids=["added", "folded"])
+def test_first_and_second_derivatives_are_right(build: Layer, rows: int, fused_calls: list[nn.Module]) -> None:
     model, one = adapted(build)
 
     def function(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -84,7 +90,7 @@ def test_first_and_second_derivatives_are_right(build: Layer, fused_calls: list[
         assert isinstance(output, Tensor)
         return output
 
-    arguments = (inputs(2, 3), one.lora_A, one.lora_B)
+    arguments = (inputs(rows), one.lora_A, one.lora_B)
     assert gradcheck(function, arguments)
     assert gradgradcheck(function, arguments)
     assert fused_calls
@@ -103,7 +109,38 @@ def test_the_graph_of_the_base_layer_is_not_kept(fused_calls: list[nn.Module]) -
     model, _ = adapted()
     output = model(inputs(3))
     assert type(output.grad_fn).__name__.startswith("_FusedUpdate")
-    assert fused_calls
+    assert type(model(inputs(6)).grad_fn).__name__.startswith("_FoldedUpdate")
+    assert len(fused_calls) == 2
+
+
+def test_the_weight_is_folded_where_rows_outnumber_its_own_and_is_itself_again_after_the_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folded: list[nn.Module] = []
+    count(monkeypatch, "folded_update", folded)
+    model, _ = adapted()
+    weight = model[0].weight
+    for rows, expected in ((4, 0), (5, 1)):  # 2 m n = 40, m + n = 9
+        model(inputs(rows)).sum().backward()
+        assert len(folded) == expected
+        assert model[0].weight is weight
+        assert weight.grad is None
+    bias, model[0].bias = model[0].bias, nn.Parameter(torch.zeros(3), requires_grad=False)
+    with pytest.raises(RuntimeError):  # the pass breaks off in the layer
+        model(inputs(6))
+    model[0].bias = bias
+    model(inputs(1))
+    assert model[0].weight is weight
+
+
+def test_in_half_precision_the_weight_is_not_folded_which_would_round_the_update_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folded: list[nn.Module] = []
+    count(monkeypatch, "folded_update", folded)
+    model, _ = adapted(dtype=torch.bfloat16)
+    model.to(torch.bfloat16)(inputs(40).bfloat16()).sum().backward()
+    assert not folded
 
 
 def test_recomputing_a_checkpointed_block_gives_the_same_gradients() -> None:

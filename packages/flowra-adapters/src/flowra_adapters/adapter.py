@@ -138,6 +138,7 @@ class AdapterDict(nn.ModuleDict):
         kept: parameter to its value before the first merge, if it is kept; as it is stored, so quantised where it is.
         added: parameter to the sum of the updates in it, if its value is not kept.
         shadowed: keys whose updates stand in the place of their parameters during the pass that is under way.
+        folded: W + s B A, A, B and s during a pass in which that stands in the weight's place.
         hooks: what applies the updates.
     """
 
@@ -148,6 +149,7 @@ class AdapterDict(nn.ModuleDict):
         self.kept: dict[str, Tensor | QuantisedWeight] = {}
         self.added: dict[str, Tensor] = {}
         self.shadowed: tuple[str, ...] = ()
+        self.folded: tuple[Tensor, Tensor, Tensor, float] | None = None
         self.hooks: dict[str, RemovableHandle] = {}
 
     def named(self, adapter: str) -> dict[str, Adapter]:

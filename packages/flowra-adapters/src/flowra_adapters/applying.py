@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from flowra_adapters.adapter import Adapter, AdapterDict, Base
+from flowra_adapters.folded import folded_update, folded_weight, folds
 from flowra_adapters.fused import can_fuse, fused_update
 from flowra_adapters.fused_gain import fused_update_with_gain
 from flowra_adapters.operators import ParameterOperator
@@ -47,6 +48,8 @@ def put(site: Site, key: str, adapter: Adapter) -> None:
     adapter.placed(BaseWeight(held, key))
     if not isinstance(site.operator, ParameterOperator) and "add" not in held.hooks:
         held.hooks["add"] = site.host.register_forward_hook(partial(_add_updates, held), with_kwargs=True)
+        if type(site.host) is nn.Linear:
+            held.hooks["fold"] = site.host.register_forward_pre_hook(partial(_fold, held))
     chooses = type(adapter).materialises is not Adapter.materialises or isinstance(site.operator, ParameterOperator)
     if chooses and "shadow" not in held.hooks:
         held.hooks["shadow"] = site.host.register_forward_pre_hook(partial(_shadow, held), with_kwargs=True)
@@ -78,12 +81,17 @@ def _add_updates(
 ) -> Tensor:
     """Add to the output what is neither merged nor in the weight's place."""
     x = args[0] if args else next(iter(kwargs.values()))
+    if held.folded is not None:
+        folded, lora_A, lora_B, scaling = held.folded
+        held.folded = None
+        del layer.__dict__["weight"]
+        return folded_update(layer, x, output, folded, lora_A, lora_B, scaling)
     active = held.active()
     if len(active) == 1:  # the usual case, and the fast one
         ((key, adapter),) = active.items()
         factors = adapter.plain_factors()
         plain = factors is not None and key not in held.shadowed and held.sites[key].part is None
-        if factors is not None and plain and can_fuse(layer, x, output, factors[0]):
+        if factors is not None and plain and x.dtype == output.dtype and can_fuse(layer, x, factors[0]):
             if not adapter.reads_base:
                 return fused_update(layer, x, output, *factors, adapter.scaling)
             gain = None if held.merged else adapter.plain_gain(BaseWeight(held, key)())
@@ -103,6 +111,24 @@ def _add_updates(
             owned = True
             site.part.add_to_output(total, update)
     return total
+
+
+def _fold(held: AdapterDict, layer: nn.Module, args: tuple[Any, ...]) -> None:
+    """Put W + s B A into the weight's place where that is the cheapest way to apply the one update there is."""
+    held.folded = None
+    layer.__dict__.pop("weight", None)  # a pass that broke off
+    if len(args) != 1 or not folds(layer, args[0]) or len(layer._forward_pre_hooks) > 1:
+        return
+    active = held.active()
+    if len(active) != 1:
+        return
+    ((key, adapter),) = active.items()
+    if adapter.reads_base or held.sites[key].part is not None:
+        return
+    factors = adapter.plain_factors()
+    if factors is not None and can_fuse(layer, args[0], factors[0]):
+        folded = layer.__dict__["weight"] = folded_weight(layer, *factors, adapter.scaling)
+        held.folded = (folded, *factors, adapter.scaling)
 
 
 def _base(held: AdapterDict, site: Site, x: Tensor, output: Tensor) -> Base:

@@ -20,8 +20,8 @@ from flowra_adapters.layers import is_conv1d
 __all__ = ["autocast", "can_fuse", "fused_update"]
 
 
-def can_fuse(layer: nn.Module, x: Tensor, output: Tensor, factor: Tensor) -> bool:
-    """Tell whether :func:`fused_update` may take the place of adding the update to the layer's output.
+def can_fuse(layer: nn.Module, x: Tensor, factor: Tensor) -> bool:
+    """Tell whether a fused step may take the place of adding the update to the layer's output.
 
     Not where somebody else looks at the output before us (another hook, a replaced ``forward``), where the
     layer's own parameters learn, where dtypes are mixed, or where the pass is transformed or recorded.
@@ -38,7 +38,7 @@ def can_fuse(layer: nn.Module, x: Tensor, output: Tensor, factor: Tensor) -> boo
         and type(weight) is nn.Parameter  # and not a quantised one
         and not weight.requires_grad
         and (bias is None or not bias.requires_grad)
-        and x.dtype == output.dtype == factor.dtype
+        and x.dtype == factor.dtype
         and x.layout == torch.strided
         and not x.is_nested
         and not autocast(x.device.type)
