@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from flowra_pipelines import config_commands
+from flowra_pipelines import config_commands, profile_commands
 from flowra_pipelines.errors import explain
 
 __all__ = ["app", "main"]
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 
 app.add_typer(config_commands.app)
+app.add_typer(profile_commands.app)
 
 Config = Annotated[Path, typer.Argument(help="YAML file of the run.", show_default=False)]
 Overrides = Annotated[
@@ -71,9 +72,23 @@ def demo(
 
 
 @app.command()
-def calibrate(config: Config, overrides: Overrides = None, force: Force = False) -> None:
-    """Train a short probe and measure its flow spectrum: writes the profile."""
+def calibrate(
+    config: Config,
+    overrides: Overrides = None,
+    force: Force = False,
+    validate: Annotated[
+        bool,
+        typer.Option("--validate", help="Then take rank away, module by module, and see whether the estimators knew."),
+    ] = False,
+) -> None:
+    """Train a short probe and measure its flow spectrum: writes the profile.
+
+    With --validate also validation.json: how the estimators' order agrees with the loss that each module's rank really
+    saves, by leaving it out of the trained probe, and for some modules by training without and alone.
+    """
     _stage("calibrate", config, overrides, force)
+    if validate:
+        _stage("validate", config, overrides, force)
 
 
 @app.command()
@@ -162,6 +177,25 @@ def export(
     except CheckFailed as failed:
         typer.echo(f"flowra: {failed} Nothing was written.", err=True)
         sys.exit(1)
+
+
+@app.command()
+def report(
+    path: profile_commands.ProfilePath,
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Folder to write; by default `report` beside the stage.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Draw a profile: pictures, and one page that opens in any browser and needs nothing else.
+
+    What `validation.json` beside the profile says of ablations is shown, too.
+    """
+    from flowra_pipelines.report import show_report
+
+    show_report(path, to)
 
 
 @app.command()

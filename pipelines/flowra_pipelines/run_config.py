@@ -27,6 +27,7 @@ __all__ = [
     "RunConfig",
     "TrackingConfig",
     "TrainingConfig",
+    "ValidationConfig",
     "load_config",
     "read_content",
 ]
@@ -136,6 +137,32 @@ class CalibrationConfig(Section):
     """Training examples the statistics are taken on."""
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Examples per batch of statistics; standard errors come from the batches."""
+    estimators: tuple[Literal["probe", "fisher", "gradient", "kfac_gradient", "magnitude", "snr"], ...] = (
+        "probe",
+        "fisher",
+        "gradient",
+        "magnitude",
+    )
+    """What is asked how much a unit of rank is worth in each module. ``probe`` decides and is always asked; the others
+    are reported beside it. ``kfac_gradient`` costs several times as much as the rest together."""
+    labels: Literal["data", "model"] = "data"
+    """Whose labels ``fisher``, ``gradient`` and ``kfac_gradient`` take gradients at: those of the data (the empirical
+    Fisher), or labels drawn from the model (the Fisher; its mean gradient is zero, so it needs ``fisher`` alone)."""
+    activations: bool = True
+    """Measure how many directions the inputs of each layer use."""
+    report: bool = True
+    """Write the profile as a page to look at, ``report.html``, too; ``flowra report`` does it later."""
+    jacobian_examples: Annotated[int, Field(ge=0)] = 0
+    """Examples on which the Jacobians of whole blocks are measured, ten or so times as dear as the rest; 0 for none."""
+
+
+class ValidationConfig(Section):
+    """What ``flowra calibrate --validate`` takes away to see whether the estimators are right."""
+
+    examples: Annotated[int, Field(ge=8)] = 256
+    """Held-out examples on which the loss is compared."""
+    retrained: Annotated[int, Field(ge=0)] = 6
+    """Modules that the probe is trained without, and that are trained alone; two trainings each."""
 
 
 class AllocationConfig(Section):
@@ -230,6 +257,7 @@ class RunConfig(Section):
     adapter: AdapterConfig = AdapterConfig()
     training: TrainingConfig = TrainingConfig()
     calibration: CalibrationConfig = CalibrationConfig()
+    validation: ValidationConfig = ValidationConfig()
     allocation: AllocationConfig = AllocationConfig()
     refinement: RefinementConfig = RefinementConfig()
     merge: MergeConfig = MergeConfig()

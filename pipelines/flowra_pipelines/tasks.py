@@ -1,5 +1,6 @@
 """What differs between kinds of tasks: model class, head, batch, loss of one example, and measures of success."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from flowra_analysis import drawn_class_losses, drawn_target_losses, drawn_token_losses
 from flowra_pipelines.data import LabelKind, TextData
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.run_config import ModelConfig
@@ -59,6 +61,9 @@ class Task(Protocol):
         The answer is whether the example is correct, the number predicted, or None.
         """
 
+    def drawn_losses(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Return each example's loss under labels drawn from the model; ``labels`` only say where there are any."""
+
 
 class SequenceClassification:
     """One class for each text or pair."""
@@ -90,10 +95,13 @@ class SequenceClassification:
 
     def losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Cross-entropy of each example."""
-        labels = batch["labels"]
-        logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits.float()
+        labels, logits = batch["labels"], _logits(model, batch)
         loss = F.cross_entropy(logits, labels, reduction="none")
         return loss, torch.ones_like(labels), logits.argmax(-1) == labels
+
+    def drawn_losses(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Cross-entropy of each example with a class drawn from the model."""
+        return drawn_class_losses(_logits(model, batch), generator=generator)
 
 
 class Regression:
@@ -137,10 +145,12 @@ class Regression:
 
     def losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Squared error of each example, and the number predicted."""
-        labels = batch["labels"]
-        logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits.float()
-        predicted = logits.squeeze(-1)
+        labels, predicted = batch["labels"], _logits(model, batch).squeeze(-1)
         return (predicted - labels).square(), torch.ones_like(labels, dtype=torch.long), predicted
+
+    def drawn_losses(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Squared error of each example from a number drawn around the prediction, scaled to the loss's curvature."""
+        return math.sqrt(2) * drawn_target_losses(_logits(model, batch), generator=generator)
 
 
 class CausalLM:
@@ -170,11 +180,14 @@ class CausalLM:
 
     def losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Sum of the cross-entropy over the tokens of each example."""
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        logits = model(**inputs).logits.float()[:, :-1]
-        labels = batch["labels"][:, 1:]
+        logits, labels = _logits(model, batch)[:, :-1], batch["labels"][:, 1:]
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100)
         return loss.view(labels.shape).sum(1), (labels != -100).sum(1), None
+
+    def drawn_losses(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Sum of the cross-entropy over the tokens of each example, each drawn given the text as it is."""
+        logits, real = _logits(model, batch)[:, :-1], batch["labels"][:, 1:] != -100
+        return drawn_token_losses(logits, real, reduction="sum", generator=generator)
 
 
 TASKS: Mapping[str, Task] = {
@@ -236,6 +249,11 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    logits: Tensor = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    return logits.float()
 
 
 def _is_head_new(report: Mapping[str, Any], heads: Sequence[str], config: ModelConfig) -> bool:

@@ -86,13 +86,11 @@ class Tracker:
                 metrics = [Metric(key, value, now, step) for key, value, step in result.metrics]
                 for start in range(0, len(metrics), 1000):
                     self._client.log_batch(run_id, metrics=metrics[start : start + 1000])
-                for title, figure in result.figures.items():
-                    self._client.log_figure(run_id, figure, f"plots/{title}.png")
                 for path in sorted(folder.iterdir()):
                     if path.is_dir() and path.name != "model":  # the merged base stays on disk
                         self._client.log_artifacts(run_id, str(path), path.name)
-                    elif path.is_file() and path.suffix != ".png":
-                        self._client.log_artifact(run_id, str(path))
+                    elif path.is_file():
+                        self._client.log_artifact(run_id, str(path), "plots" if path.suffix == ".png" else None)
                 for key, line in result.summary.items():
                     self._client.set_tag(run_id, f"summary.{key}", line[:MAX_PARAMETER])
                 status = "FINISHED"

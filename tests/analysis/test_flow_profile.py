@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flowra_analysis import FlowProfile, ModuleProfile, read_profile, write_profile
+from flowra_analysis import FlowProfile, ModuleProfile, provenance_of, read_profile, write_profile
 
 
 def profile() -> FlowProfile:
@@ -251,3 +251,18 @@ def test_tensor_without_a_place_is_refused(key: str, message: str, tmp_path: Pat
     save_file({key: torch.ones(2)}, tmp_path / "profile.safetensors")
     with pytest.raises(ValueError, match=message):
         read_profile(tmp_path)
+
+
+def test_a_profile_with_hashes_and_several_estimators_is_of_the_same_version(tmp_path: Path) -> None:
+    module = ModuleProfile(
+        shape=(2, 3),
+        cost_per_rank=5,
+        statistics={"psi": 0.5, "psi_stderr": 0.1, "psi_fisher": 0.4, "psi_fisher_stderr": 0.1, "gain_fisher": 1e-9},
+    )
+    origin = provenance_of(base="b" * 64, data="d" * 64, seed=0, examples=128, estimators=["empirical Fisher"])
+    rich = FlowProfile(
+        modules={"a": module}, spectra={"update": {"a": torch.ones(2)}}, base_parameters=6, provenance=origin
+    )
+    write_profile(rich, tmp_path)
+    assert '"format_version": 1' in (tmp_path / "profile.json").read_text(encoding="utf-8")
+    assert_same(read_profile(tmp_path), rich)

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from typing import Literal
 
@@ -37,7 +38,7 @@ def empty(
 
 
 def whole(moment: MomentMatrix) -> Tensor:
-    return moment.matmul(torch.eye(len(moment.diagonal), dtype=moment.diagonal.dtype))
+    return moment.matmul(torch.eye(moment.diagonal.shape[-1], dtype=moment.diagonal.dtype))
 
 
 def test_golden_mean_over_tokens_and_sum_over_the_tokens_of_an_example() -> None:
@@ -55,7 +56,8 @@ def test_golden_mean_over_tokens_and_sum_over_the_tokens_of_an_example() -> None
 @pytest.mark.parametrize(("dense_limit", "is_dense"), [(D, True), (D - 1, False)])
 def test_a_moment_is_dense_up_to_the_limit(dense_limit: int, is_dense: bool) -> None:
     state = empty(dense_limit=dense_limit)
-    assert state.sums.shape == ((D, D) if is_dense else (D, K))
+    assert (state.triangle is not None) is is_dense
+    assert (state.sums is not None) is not is_dense
     found = state.update(vectors(SPECTRA["exponential"])).finalise()
     assert (found.dense is not None) is is_dense
     assert (found.low_rank is None) is is_dense
@@ -168,10 +170,10 @@ def test_neither_the_order_of_batches_nor_their_split_over_states_matters(
         states.append(state)
     merged = states[1].merge(states[2]).merge(states[0])
     assert merged.count == expected.count == int(real.sum())
-    torch.testing.assert_close(merged.sums, expected.sums)
+    torch.testing.assert_close(whole(merged.finalise()), whole(expected.finalise()))
     torch.testing.assert_close(merged.squares, expected.squares)
     assert begin.count == 0
-    assert not begin.sums.any()
+    assert not begin.squares.any()
 
 
 @pytest.mark.parametrize("dense_limit", [0, D], ids=["sketched", "dense"])
@@ -187,7 +189,7 @@ def test_tokens_that_are_not_real_are_not_looked_at(dense_limit: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_accumulated_in_float32(dtype: torch.dtype, dense_limit: int) -> None:
     state = empty(dense_limit=dense_limit, dtype=torch.float32).update(torch.full((1, 4096, D), 30.0, dtype=dtype))
-    assert state.sums.dtype == state.squares.dtype == torch.float32
+    assert {each.dtype for each in (state.triangle, state.sums, state.squares) if each is not None} == {torch.float32}
     found = state.finalise()
     torch.testing.assert_close(found.diagonal, torch.full((D,), 900.0))
     torch.testing.assert_close(whole(found), torch.full((D, D), 900.0), rtol=1e-4, atol=0)
@@ -240,3 +242,59 @@ def test_arguments_out_of_range_are_refused() -> None:
         empty(dtype=torch.float16)
     with pytest.raises(ValueError, match=r"the state must have seen at least one example, got none"):
         empty().finalise()
+
+
+@pytest.mark.parametrize("dense_limit", [0, D], ids=["sketched", "dense"])
+def test_vectors_that_are_zero_but_at_some_places_are_given_by_these_places(dense_limit: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.tensor([41, 3, 17])
+    some = torch.randn(2, 5, 3, generator=generator).double()
+    real = torch.rand(2, 5, generator=generator) < 0.6
+    v = torch.zeros(2, 5, D, dtype=torch.float64)
+    v[..., columns] = some
+    begin = empty(dense_limit=dense_limit).update(torch.randn(1, 4, D, generator=generator).double())
+    found, expected = begin.update(some, real, columns=columns), begin.update(v, real)
+    torch.testing.assert_close(whole(found.finalise()), whole(expected.finalise()))
+    torch.testing.assert_close(found.squares, expected.squares)
+    assert found.count == expected.count
+    only = SecondMoment.init(D, per="token", form="diagonal", dtype=torch.float64)
+    torch.testing.assert_close(only.update(some, columns=columns).squares, v.square().sum((0, 1)))
+    assert only.sums is only.triangle is None
+    with pytest.raises(ValueError, match=r"must have shapes \(N, T, 3\) and \(N, T\), got \(2, 5, 60\)"):
+        begin.update(v, columns=columns)
+
+
+@pytest.mark.parametrize("form", ["full", "diagonal"])
+@pytest.mark.parametrize("dense_limit", [0, D], ids=["sketched", "dense"])
+def test_groups_are_as_many_moments_in_one(dense_limit: int, form: Literal["full", "diagonal"]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    v, real = torch.randn(3, 2, 5, D, generator=generator).double(), torch.rand(2, 5, generator=generator) < 0.6
+    arguments = {"per": "token", "form": form, "dense_limit": dense_limit, "size": K, "dtype": torch.float64}
+    together = SecondMoment.init(D, groups=3, **arguments).update(v, real).update(v)
+    assert together.squares.shape == (3, D)
+    for group, found in enumerate(whole(together.finalise())):
+        alone = SecondMoment.init(D, **arguments).update(v[group], real).update(v[group])
+        torch.testing.assert_close(found, whole(alone.finalise()))
+        assert alone.count == together.count
+    with pytest.raises(ValueError, match=r"must have shapes \(3, N, T, 60\) and \(N, T\), got \(2, 2, 5, 60\)"):
+        together.update(v[:2])
+
+
+@pytest.mark.parametrize("dim", [1, 128, 129, 300, 1025])
+def test_a_moment_that_is_kept_takes_little_more_than_half_of_its_square(dim: int) -> None:
+    v = torch.randn(1, 3, dim, generator=torch.Generator().manual_seed(0)).double()
+    state = SecondMoment.init(dim, per="token", dtype=torch.float64).update(v).update(2 * v)
+    assert state.triangle is not None
+    assert state.triangle.numel() <= dim * (dim + max(128, dim / 8 + 1)) / 2
+    dense = state.finalise().dense
+    assert dense is not None
+    assert torch.equal(dense, dense.T)
+    torch.testing.assert_close(dense, 5 * v[0].T @ v[0] / 6)
+    with pytest.raises(ValueError, match=r"triangle must have shape \(\d+,\), got \(7,\)"):
+        dataclasses.replace(state, triangle=torch.ones(7))
+
+
+def test_a_state_that_has_seen_nothing_takes_no_room() -> None:
+    for state in (SecondMoment.init(300, per="token"), empty(), empty().update(vectors(SPECTRA["1/i²"])).emptied()):
+        kept = [each for each in (state.triangle, state.sums) if each is not None]
+        assert [each.untyped_storage().nbytes() // each.element_size() for each in kept] == [1]

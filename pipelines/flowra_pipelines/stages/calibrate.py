@@ -2,7 +2,7 @@
 
 The gradient at step 0 is a poor guide to rank: modules substitute for one another, and the few with the largest
 gradient would absorb the budget. So the probe's *learned* update is measured, by the Grams of its bottlenecks
-(docs/methods.md, sections 4 and 9).
+(docs/methods.md, sections 4 and 9). What else is asked of it is reported beside that.
 """
 
 import math
@@ -12,30 +12,46 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from flowra_adapters import attach
-from flowra_allocation import BottleneckGram, BottleneckObserver, flow_spectrum, mean_rank, sensitivity
-from flowra_analysis import FlowProfile, ModuleProfile, fisher_trace, profile_weights, write_profile
+from flowra_allocation import BottleneckGram, mean_rank
+from flowra_analysis import (
+    ActivationSpectra,
+    FlowProfile,
+    ModuleProfile,
+    base_hash,
+    data_hash,
+    profile_weights,
+    provenance_of,
+    spectrum_statistics,
+    update_spectrum,
+    write_profile,
+)
 from flowra_pipelines import plots
 from flowra_pipelines.data import Examples, TextData
-from flowra_pipelines.errors import UserError
+from flowra_pipelines.estimators import Estimates, estimate, psi
+from flowra_pipelines.report import profile_report
 from flowra_pipelines.run_config import RunConfig
 from flowra_pipelines.stages.phase import phase_metrics, save_phase
 from flowra_pipelines.stages.record import StageResult
 from flowra_pipelines.stages.setting import Layers, Setting, base_model, load_setting, lora_layers, survey
 from flowra_pipelines.training import build_optimizer, data_order, train_phase
 
-__all__ = ["calibrate", "read_grams"]
+__all__ = ["calibrate", "probe_rank", "read_grams"]
 
 GRAMS = "bottleneck_grams.safetensors"
+ACTIVATION_SKETCH = 64
+"""Columns of the sketch of a layer's inputs; a quarter of them are good, and the trace is exact."""
 
 
 def calibrate(config: RunConfig, folder: Path) -> StageResult:
-    """Train the probe; write ``profile.*``, ``bottleneck_grams.safetensors``, ``adapter/`` and the training state."""
+    """Train the probe and measure it; write the profile, its report, the Grams, ``adapter/`` and the training state."""
     setting = load_setting(config)
     model = base_model(config, setting)
     layers = survey(config, model, setting.task)
     heads = setting.task.heads(model)
+    base = base_hash(model, without=heads)
     rank = probe_rank(config, layers)
     ranks = {name: min(rank, *layers.shapes[name]) for name in layers.costs}
     attach(
@@ -58,25 +74,27 @@ def calibrate(config: RunConfig, folder: Path) -> StageResult:
         seed=config.seed,
         description="calibrate: probe",
     )
-    peak = sum(layers.costs[name] * ranks[name] for name in ranks)
     save_phase(config, setting, model, optimizer, folder, step=config.probe_steps)
     batches = _calibration_batches(config, setting)
-    grams = _gather(model, setting, batches)
-    profile = _profile(config, model, setting, layers, batches, grams)
+    found = _measure(config, model, setting, layers, batches)
+    profile = _profile(config, model, layers, batches, found, base)
     write_profile(profile, folder)
-    _write_grams({name: sum(each[1:], each[0]) for name, each in grams.items()}, folder)
-    psi = {name: module.statistics["psi"] for name, module in profile.modules.items()}
+    _write_grams(found.states["probe"].grams, folder)
+    if config.calibration.report:
+        (folder / "report.html").write_text(profile_report(profile)[1], encoding="utf-8")
+    sensitivity = {name: module.statistics["psi"] for name, module in profile.modules.items()}
+    peak = sum(layers.costs[name] * ranks[name] for name in ranks)
     return StageResult(
         metrics=phase_metrics(curve),
         parameters={"probe_rank": rank, "probe_parameters": peak, "budget": layers.budget},
         figures={
-            "sensitivity": plots.module_heatmap(psi, title="Sensitivity ψ", label="ψ", limits=(0, 1)),
+            "sensitivity": plots.module_heatmap(sensitivity, title="Sensitivity ψ", label="ψ", limits=(0, 1)),
             "loss": plots.loss_curve([(step, loss) for step, loss, _ in curve], title="Probe"),
         },
         summary={
             "data": _describe(setting.data),
             "probe": f"rank {rank} on {len(ranks)} modules, {peak:,} parameters, {config.probe_steps} steps",
-            "most sensitive": ", ".join(sorted(psi, key=lambda name: -psi[name])[:3]),
+            "most sensitive": ", ".join(sorted(sensitivity, key=lambda name: -sensitivity[name])[:3]),
         },
     )
 
@@ -126,83 +144,92 @@ def _calibration_batches(config: RunConfig, setting: Setting) -> list[dict[str, 
     return [setting.collate(rows[start : start + size]) for start in range(0, count, size)]
 
 
-def _gather(model: nn.Module, setting: Setting, batches: list[dict[str, Tensor]]) -> dict[str, list[BottleneckGram]]:
-    """Collect the Grams batch by batch, dropout off, each example's own loss."""
-    model.eval()
-    device = next(model.parameters()).device
-    with BottleneckObserver(model, lora_layers(model), loss="sum") as observer:
-        for batch in batches:
-            moved = {key: value.to(device) for key, value in batch.items()}
-            losses, _, _ = setting.task.losses(model, moved)
-            losses.sum().backward()
-            model.zero_grad(set_to_none=True)
-    unreached = observer.unreached()
-    if unreached:
-        raise UserError(f"every layer must take part in the loss, got no gradient at {unreached[0]!r}. Exclude it.")
-    return observer.grams
+def _measure(
+    config: RunConfig,
+    model: PreTrainedModel,
+    setting: Setting,
+    layers: Layers,
+    batches: list[dict[str, Tensor]],
+) -> Estimates:
+    """Ask all estimators in one pass over the examples, each example's own loss, dropout off."""
+    kinds = dict.fromkeys(("probe", *config.calibration.estimators))
+    return estimate(
+        model,
+        setting,
+        layers,
+        batches,
+        tuple(kinds),
+        labels=config.calibration.labels,
+        seed=config.seed,
+        also={"activation": ActivationSpectra.init(dense_limit=ACTIVATION_SKETCH, size=ACTIVATION_SKETCH)}
+        if config.calibration.activations
+        else {},
+    )
 
 
 def _profile(
     config: RunConfig,
-    model: nn.Module,
-    setting: Setting,
+    model: PreTrainedModel,
     layers: Layers,
     batches: list[dict[str, Tensor]],
-    grams: dict[str, list[BottleneckGram]],
+    found: Estimates,
+    base: str,
 ) -> FlowProfile:
-    gains = {name: flow_spectrum(sum(each[1:], each[0])).gains for name, each in grams.items()}
-    psi = sensitivity({name: each.tolist() for name, each in gains.items()}, layers.costs)
-    psi_error = _jackknife(grams, layers)
-    traces = fisher_trace(
-        model,
-        batches,
-        lambda module, batch: setting.task.losses(module, batch)[0],
-        list(layers.costs),
-        mask=lambda batch: batch["attention_mask"],
-    )
-    weight_statistics, weight_spectra = profile_weights(model, list(layers.costs))
-    modules = {
-        name: ModuleProfile(
-            shape=layers.shapes[name],
-            cost_per_rank=layers.costs[name],
-            statistics={
-                "psi": psi[name],
-                "psi_stderr": psi_error[name],
-                "fisher_trace": traces[name].mean,
-                "fisher_trace_stderr": traces[name].standard_error,
-                **weight_statistics[name],
-            },
-        )
-        for name in layers.costs
-    }
+    statistics: dict[str, dict[str, float]] = {name: {} for name in layers.costs}
+    for kind, gains in found.gains.items():
+        values, errors = psi(gains, layers.costs)
+        for name, own in statistics.items():
+            own |= {f"gain_{kind}": gains.gain[name], f"gain_{kind}_stderr": gains.stderr[name]}
+            own |= {f"psi_{kind}": values[name], f"psi_{kind}_stderr": errors[name]}
+            if kind == "probe":
+                own |= {"psi": values[name], "psi_stderr": errors[name]}
+    spectra, ranks = _spectra(model, layers, found)
+    for name, own in statistics.items():
+        own |= ranks[name]
+    examples = sum(len(batch["input_ids"]) for batch in batches)
     return FlowProfile(
-        modules=modules,
-        spectra={"flow_gains": gains, "weight": weight_spectra},
+        modules={
+            name: ModuleProfile(shape=layers.shapes[name], cost_per_rank=layers.costs[name], statistics=own)
+            for name, own in statistics.items()
+        },
+        spectra=spectra,
         base_parameters=layers.base_parameters,
         provenance={
+            **provenance_of(
+                base=base, data=data_hash(batches), seed=config.seed, examples=examples, estimators=list(found.gains)
+            ),
             "model": config.model.path,
             "data": config.data.train,
-            "seed": config.seed,
-            "examples": sum(len(batch["input_ids"]) for batch in batches),
+            "labels": config.calibration.labels,
             "probe_steps": config.probe_steps,
             "budget_parameters": layers.budget,
-            "estimators": "bottleneck Grams of the probe; empirical Fisher trace at the probe; weight spectrum",
         },
     )
 
 
-def _jackknife(grams: Mapping[str, list[BottleneckGram]], layers: Layers) -> dict[str, float]:
-    """Estimate the standard error of ψ by leaving out one batch at a time; 0 where there is only one."""
-    count = min(len(each) for each in grams.values())
-    if count < 2:
-        return dict.fromkeys(grams, 0.0)
-    replicates = []
-    for left_out in range(count):
-        rest = {name: [*each[:left_out], *each[left_out + 1 :]] for name, each in grams.items()}
-        gains = {name: flow_spectrum(sum(each[1:], each[0])).gains.tolist() for name, each in rest.items()}
-        replicates.append(sensitivity(gains, layers.costs))
-    errors = {}
-    for name in grams:
-        values = torch.tensor([each[name] for each in replicates], dtype=torch.float64)
-        errors[name] = float(((count - 1) * values.var(correction=0)).sqrt())
-    return errors
+def _spectra(
+    model: nn.Module, layers: Layers, found: Estimates
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, float]]]:
+    """Return all spectra by kind and module, and by module the rank measures of those that are of matrices."""
+    statistics, weights = profile_weights(model, list(layers.costs))
+    flow = found.gains["probe"].spectra
+    assert flow is not None
+    spectra: dict[str, dict[str, Tensor]] = {"flow_gains": flow, "weight": weights, "update": {}}
+    for name, layer in lora_layers(model).items():
+        sigma = spectra["update"][name] = layer.scaling * update_spectrum(layer.lora_A, layer.lora_B).cpu()
+        statistics[name] |= spectrum_statistics("update", sigma, layers.shapes[name])
+    if "gradient" in found.states:
+        known = found.states["gradient"].finalise()
+        spectra["gradient"] = {name: each.singular_values.cpu() for name, each in known.items()}
+        for name, each in known.items():
+            statistics[name] |= each.statistics()
+    if "activation" in found.states:
+        inputs = found.states["activation"].finalise()
+        spectra["activation"] = {name: each.singular_values for name, each in inputs.items()}
+        for name, each in inputs.items():
+            statistics[name] |= each.statistics()
+    if "kfac_gradient" in found.gains:
+        gains = found.gains["kfac_gradient"].spectra
+        assert gains is not None
+        spectra["kfac_gradient"] = {name: (2 * each).sqrt() for name, each in gains.items()}
+    return spectra, statistics

@@ -28,6 +28,8 @@ RECORD = "stage.json"
 FORMAT_VERSION = 2
 PARTS = ("analysis", "allocation", "adapters", "compose", "pipelines")
 STAGES = ("calibrate", "allocate", "train", "refine", "merge", "evaluate")
+# What may be run beside the chain, and which stages come before it.
+BESIDE: Mapping[str, tuple[str, ...]] = {"validate": ("calibrate",)}
 # What a stage reads of the configuration, beside everything the stages before it read.
 SECTIONS: Mapping[str, tuple[str, ...]] = {
     "calibrate": ("seed", "budget", "model", "data", "adapter", "training", "calibration"),
@@ -36,6 +38,7 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
     "refine": ("refinement",),
     "merge": ("merge",),
     "evaluate": ("evaluation",),
+    "validate": ("validation", "evaluation"),
 }
 
 
@@ -147,7 +150,7 @@ def earlier_records(name: str, config: RunConfig) -> dict[str, StageRecord]:
     Raises:
         UserError: if one of them has not run.
     """
-    records = {earlier: read_record(config.folder / earlier) for earlier in STAGES[: STAGES.index(name)]}
+    records = {earlier: read_record(config.folder / earlier) for earlier in _before(name)}
     for earlier, record in records.items():
         if record is None:
             raise UserError(
@@ -156,19 +159,25 @@ def earlier_records(name: str, config: RunConfig) -> dict[str, StageRecord]:
     return {earlier: record for earlier, record in records.items() if record is not None}
 
 
+def _before(name: str) -> tuple[str, ...]:
+    """Name the stages whose artifacts a stage needs."""
+    return BESIDE[name] if name in BESIDE else STAGES[: STAGES.index(name)]
+
+
 def _reads(config: RunConfig) -> dict[str, str]:
     """Hash what each stage and those before it read of the configuration, and of the files outside the run."""
     values = config.model_dump(mode="json")
     base_and_data = [content_hash(path) for path in _base_and_data(config)]
     extra = [content_hash(Path(each.path)) for each in config.merge.extra if Path(each.path).exists()]
     hashes = {}
-    for index, name in enumerate(STAGES):
-        sections = [section for stage in STAGES[: index + 1] for section in SECTIONS[stage]]
+    for name in (*STAGES, *BESIDE):
+        chain = (*_before(name), name)
+        sections = [section for stage in chain for section in SECTIONS[stage]]
         reads: dict[str, Any] = {section: values[section] for section in sections}
         reads["files"] = base_and_data
-        if index >= STAGES.index("train"):
+        if "train" in chain:
             reads["refinement_start"] = config.refinement_start
-        if index >= STAGES.index("merge"):
+        if "merge" in chain:
             reads["extra"] = extra
         hashes[name] = sha256(json.dumps(reads, sort_keys=True).encode()).hexdigest()
     return hashes

@@ -13,6 +13,7 @@ from flowra_pipelines.stages.merge import merge_stage
 from flowra_pipelines.stages.record import StageRecord, StageResult, run_stage
 from flowra_pipelines.stages.refine import refine
 from flowra_pipelines.stages.train import train
+from flowra_pipelines.stages.validate import validate
 from flowra_pipelines.tracking import Tracker
 
 __all__ = ["WORK", "run_tracked"]
@@ -24,6 +25,7 @@ WORK: Mapping[str, Callable[[RunConfig, Path], StageResult]] = MappingProxyType(
     "refine": refine,
     "merge": merge_stage,
     "evaluate": evaluate,
+    "validate": validate,
 })
 
 

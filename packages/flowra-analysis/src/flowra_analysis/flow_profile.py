@@ -36,7 +36,8 @@ class ModuleProfile:
     cost_per_rank: int
     """Parameters that one more unit of rank costs, ≥ 1; m + n for a linear layer."""
     statistics: Mapping[str, float] = field(default_factory=dict)
-    """Name to finite value, such as ``fisher_trace`` and ``fisher_trace_stderr``. Which names there are is open."""
+    """Name to finite value, such as ``fisher_trace``. Which names there are is open; the standard error of ``x``, if it
+    is known, is ``x_stderr``."""
 
     def __post_init__(self) -> None:
         """Check that sizes are positive whole numbers and statistics are finite."""
@@ -61,7 +62,7 @@ class FlowProfile:
     base_parameters: int
     """Parameters of the base model, ≥ 1: what a budget in per cent refers to."""
     provenance: Mapping[str, str | int | float] = field(default_factory=dict)
-    """How the profile came about: model, data, number of examples, estimators, versions."""
+    """How the profile came about: what :func:`flowra_analysis.provenance_of` gives, and anything beside it."""
 
     format_version: ClassVar[int] = 1
 

@@ -1,102 +1,120 @@
-"""K-FAC factors: the second moments of a layer's inputs and of its output gradients, F ≈ C ⊗ S.
+"""What can be done with a Kronecker-factored Fisher F ≈ C ⊗ S of a layer without forming it.
 
-C = E_t[x xᵀ] is a mean over real tokens; S = T̄ E_t[g gᵀ], with T̄ the mean number of tokens per example, is a sum over
-the tokens of an example, averaged over examples. So tr C · tr S = tr F where activations and gradients are independent
-of each other and over tokens, and the gradients have mean zero (with one token, they need not).
-Conventions: x is ``(N, T, n)``, g is ``(N, T, m)``, the gradient of each example's *own* loss.
+For a change Δ ``(m, n)`` of the weight, (C ⊗ S) vec Δ = vec(S Δ C), with vec stacking columns. A convolution of G
+groups has G such blocks: C is ``(G, n, n)``, S ``(G, m/G, m/G)``, and the rows of Δ are those of the groups, one after
+the other. The inverse is damped factor by factor: (C + λ_C I) ⊗ (S + λ_S I), λ_C = λ tr(C)/n and λ_S = λ tr(S)/m.
+
+Source: Martens & Grosse (2015), arXiv:1503.05671; docs/methods.md, sections 4 and 11. Deviation: the paper's damping
+splits one number between the factors; here each takes the same fraction of its own mean eigenvalue, so neither scale
+matters.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flowra_analysis.per_example_signals import Batch, per_example_signals
-from flowra_analysis.second_moments import MomentMatrix, SecondMoment
+from flowra_analysis.moment_matrix import DampedMoment, MomentMatrix
 
-__all__ = ["KroneckerFactors", "kronecker_factors"]
+__all__ = ["DampedFactors", "KroneckerFactors"]
 
 
 class KroneckerFactors(NamedTuple):
     """The two factors of one layer."""
 
     inputs: MomentMatrix
-    """C = E_t[x xᵀ], ``(n, n)``."""
+    """C, ``(n, n)`` or ``(G, n, n)``."""
     gradients: MomentMatrix
-    """S = E_i[Σ_t g gᵀ], ``(m, m)``."""
+    """S, ``(m, m)`` or ``(G, m/G, m/G)``."""
+
+    @property
+    def groups(self) -> int | None:
+        """G, of a convolution of several groups."""
+        return len(self.inputs.diagonal) if self.inputs.diagonal.ndim == 2 else None
+
+    def matmul(self, change: Tensor) -> Tensor:
+        """Compute S Δ C, the product of the Fisher and a change of the weight.
+
+        Args:
+            change: Δ ``(…, m, n)``, in the dtype and on the device of the factors.
+
+        Returns:
+            ``(…, m, n)``.
+        """
+        product = self.inputs.matmul(by_group(change, self.groups).mT).mT
+        return joined(self.gradients.matmul(product), self.groups)
+
+    def trace(self) -> float:
+        """Compute tr(C ⊗ S) = tr C · tr S, exact for sketched factors too; over groups the sum."""
+        inputs, gradients = (side.diagonal.double().sum(-1) for side in self)
+        return float((inputs * gradients).sum())
+
+    def largest_eigenvalue(self) -> float:
+        """Compute the largest eigenvalue of C ⊗ S, λ₁(C) λ₁(S).
+
+        Returns:
+            Over groups the maximum. For a sketched factor λ₁ is that of F Fᵀ, and the result a lower bound.
+        """
+        inputs, gradients = (side.eigenvalues()[..., 0] for side in self)
+        return float((inputs * gradients).max())
+
+    def damped(self, damping: float = 0.1) -> "DampedFactors":
+        """Prepare the inverse of (C + λ_C I) ⊗ (S + λ_S I), λ_C = damping · tr(C)/n, λ_S = damping · tr(S)/m.
+
+        Args:
+            damping: λ ≥ 0; 0 only where both factors have full rank.
+
+        Returns:
+            What multiplies by it, by its inverse and by its roots; see :meth:`MomentMatrix.damped` for what is inverted
+            where a factor is sketched, diagonal or zero.
+
+        Raises:
+            ValueError: if the damping is negative or too small.
+        """
+        return DampedFactors(self.inputs.damped(damping), self.gradients.damped(damping))
 
 
-def kronecker_factors(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    per_example_loss: Callable[[nn.Module, Batch], Tensor],
-    module_names: Iterable[str],
-    *,
-    dense_limit: int = 2048,
-    size: int = 256,
-    seed: int = 0,
-    mask: Callable[[Batch], Tensor] | None = None,
-) -> dict[str, KroneckerFactors]:
-    """Estimate the K-FAC factors C and S of each named module's weight, every token a sample ("expand").
+class DampedFactors(NamedTuple):
+    """C + λ_C I = R_C R_Cᵀ and S + λ_S I = R_S R_Sᵀ.
 
-    With the losses of given labels F is the empirical Fisher, as in :func:`fisher_trace`; with labels drawn from the
-    model it is the Fisher. Accumulated in the dtype of x and g, at least float32. To split the data over processes,
-    update :class:`SecondMoment` states from :func:`per_example_signals` and merge them.
-
-    Args:
-        model: must treat the examples of a batch independently, first axis N.
-        batches: whatever ``per_example_loss`` understands; at least one example in all.
-        per_example_loss: ``(model, batch)`` to ``(N,)``; see :func:`per_example_signals`.
-        module_names: exact qualified names of layers, see :func:`is_measurable_layer`.
-        dense_limit: largest n or m for which a factor is exact.
-        size: columns of the sketch above that; see :class:`SecondMoment`.
-        seed: of the sketches.
-        mask: ``batch`` to ``(N, T)``, nonzero at real tokens; see :func:`layer_signals`. Needed wherever there is
-            padding, which would count as tokens in C.
-
-    Returns:
-        Module name to factors, in the order of ``module_names``.
-
-    Raises:
-        ValueError: as :func:`per_example_signals`; if there is no example, or a moment is not finite (naming the module
-            and the batch).
-
-    Source: Martens & Grosse (2015), arXiv:1503.05671; Eschenhagen et al. (2023), arXiv:2311.00636, for several tokens;
-    docs/methods.md, sections 4 and 11.
-
-    >>> from flowra_analysis import fisher_trace
-    >>> _ = torch.manual_seed(0)
-    >>> model, batches = nn.Linear(6, 4), [torch.randn(8, 6), torch.randn(8, 6)]
-    >>> def loss(model, batch): return model(batch).sum(1)  # its gradient is the same whatever x is
-    >>> C, S = kronecker_factors(model, batches, loss, [""])[""]
-    >>> abs(C.trace() * S.trace() / fisher_trace(model, batches, loss, [""])[""].mean - 1) < 1e-5
-    True
+    All take and return ``(…, m, n)`` of any floating dtype and compute in float64.
     """
-    empty: dict[tuple[object, ...], SecondMoment] = {}  # moments of one kind share their probes
 
-    def begin(vectors: Tensor, per: Literal["token", "example"], dtype: torch.dtype) -> SecondMoment:
-        dim, device = vectors.shape[-1], vectors.device
-        kind = (dim, per, dtype, device)
-        if kind not in empty:
-            empty[kind] = SecondMoment.init(
-                dim, per=per, dense_limit=dense_limit, size=size, seed=seed, dtype=dtype, device=device
-            )
-        return empty[kind]
+    inputs: DampedMoment
+    """C + λ_C I."""
+    gradients: DampedMoment
+    """S + λ_S I."""
 
-    states: dict[str, tuple[SecondMoment, SecondMoment]] = {}
-    for index, batch in enumerate(per_example_signals(model, batches, per_example_loss, module_names, mask=mask)):
-        for name, (x, g, real, *_) in batch.items():
-            if name not in states:
-                dtype = torch.promote_types(torch.promote_types(x.dtype, g.dtype), torch.float32)
-                states[name] = (begin(x, "token", dtype), begin(g, "example", dtype))
-            inputs, gradients = states[name]
-            try:
-                states[name] = (inputs.update(x, real), gradients.update(g, real))
-            except ValueError as error:
-                raise ValueError(f"{error} For module {name!r}, batch {index}.") from None
-    if not states:
-        raise ValueError("batches must hold at least one example, got none")
-    return {
-        name: KroneckerFactors(inputs.finalise(), gradients.finalise()) for name, (inputs, gradients) in states.items()
-    }
+    @property
+    def groups(self) -> int | None:
+        """G, of a convolution of several groups."""
+        return len(self.inputs.scale) if self.inputs.scale.ndim == 2 else None
+
+    def matmul(self, change: Tensor) -> Tensor:
+        """Compute (S + λ_S I) Δ (C + λ_C I)."""
+        product = self.inputs.matmul(by_group(change, self.groups).mT).mT
+        return joined(self.gradients.matmul(product), self.groups)
+
+    def solve(self, gradient: Tensor) -> Tensor:
+        """Compute (S + λ_S I)⁻¹ G (C + λ_C I)⁻¹: the natural gradient."""
+        product = self.inputs.solve(by_group(gradient, self.groups).mT).mT
+        return joined(self.gradients.solve(product), self.groups)
+
+    def whiten(self, gradient: Tensor) -> Tensor:
+        """Compute Ĝ = R_S⁻¹ G R_C⁻ᵀ, for dense factors S^-½ G C^-½: ⟨G, Δ⟩ = ⟨Ĝ, R_Sᵀ Δ R_C⟩."""
+        product = self.inputs.inverse_root(by_group(gradient, self.groups).mT).mT
+        return joined(self.gradients.inverse_root(product), self.groups)
+
+    def unwhiten(self, change: Tensor) -> Tensor:
+        """Compute R_S⁻ᵀ Δ̂ R_C⁻¹: the change Δ whose R_Sᵀ Δ R_C is Δ̂."""
+        product = self.inputs.inverse_root_transposed(by_group(change, self.groups).mT).mT
+        return joined(self.gradients.inverse_root_transposed(product), self.groups)
+
+
+def by_group(change: Tensor, groups: int | None) -> Tensor:
+    """Cut the rows of ``(…, m, n)`` into those of G groups, ``(…, G, m/G, n)``."""
+    return change if groups is None else change.unflatten(-2, (groups, -1))
+
+
+def joined(change: Tensor, groups: int | None) -> Tensor:
+    """Put the rows of the groups one below the other again."""
+    return change if groups is None else change.flatten(-3, -2)

