@@ -3,10 +3,10 @@
 FLOWRA_DATA=… python benchmarks/bench_learning_rate.py FOLDER [--seeds 2] [--tasks NAME …] [--finished]
 
 Uniform LoRA of rank 8 on every linear layer, T = 100 steps of 16 examples, AdamW with the pipelines' own schedule, and
-heads trained at the same rate: at every rate of the grid, and at the proposed one. Every run is kept in FOLDER and made once;
-`--finished` reports what is there. A gap is how much worse the proposed rate does than the best of the grid on the same
-held-out examples, in standard errors (over examples, scores averaged over seeds) of that best point; below zero it does
-better. The best of a grid is chosen on the held-out examples themselves, so it is flattered.
+heads trained at the same rate: at every rate of the grid, and at the proposed one. Every run is kept in FOLDER and made
+once; `--finished` reports what is there. A gap is how much worse the proposed rate does than the best of the grid on
+the same held-out examples, in standard errors (over examples, scores averaged over seeds) of that best point; below
+zero it does better. The best of a grid is chosen on the held-out examples themselves, so it is flattered.
 """
 
 import argparse
@@ -390,7 +390,7 @@ def left_out(outcomes: Sequence[Outcome]) -> str:
         "The share of the threshold, or one rate for all, set on the other tasks: the geometric mean of their best (by"
         " loss). Gaps of the loss, in standard errors of the best grid point; losses interpolated on the grid.",
         "",
-        "| task | best rate | 38/λ | best over 38/λ | share of the others | rate | gap | one rate of the others | gap |",
+        "| task | best rate | 38/λ | best over 38/λ | share of others | rate | gap | one rate of others | gap |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for each in outcomes:

@@ -284,6 +284,11 @@ class RunConfig(Section):
             raise ValueError(f"merge.{shaping[0]} has no effect with merge.rule cat; set merge.rule: truncated_svd")
         if self.merge.rule == "truncated_svd" and not shaping:
             raise ValueError("merge.rank or merge.energy must be given with merge.rule truncated_svd")
+        if self.calibration.labels == "model" and {"gradient", "kfac_gradient"} & set(self.calibration.estimators):
+            raise ValueError(
+                "calibration.estimators must be without gradient and kfac_gradient with calibration.labels model: the"
+                " mean gradient at labels drawn from the model is zero"
+            )
         if self.model.task == "regression" and "labels" in self.data.model_fields_set:
             raise ValueError("data.labels has no effect with regression: labels are numbers")
         if self.model.task == "causal_lm" and self.training.head_learning_rate is not None:

@@ -171,7 +171,8 @@ def test_half_precision_is_accumulated_in_float32() -> None:
 def test_a_zero_gradient_has_a_zero_spectrum() -> None:
     found = sketch(torch.zeros(M, N_IN, dtype=torch.float64)).finalise()
     assert not found.singular_values.any()
-    assert set(found.statistics().values()) == {0.0}
+    known = found.statistics()
+    assert {key for key, value in known.items() if value} <= {"gradient_redundancy", "gradient_redundancy_lower"}
     assert found.energy_share(K) == 0
 
 
@@ -184,15 +185,12 @@ def test_leaving_out_the_smallest_values_lowers_the_rank_measures(values: list[f
 
 
 @pytest.mark.parametrize("sigma", DECAYING.values(), ids=DECAYING)
-def test_statistics_are_those_of_the_sketched_values_and_below_those_of_the_gradient(sigma: Tensor) -> None:
-    found = sketch(matrix(sigma)).finalise()
-    assert found.statistics() == {
-        "gradient_squared_norm": found.squared_norm,
-        "gradient_squared_error": found.squared_error,
-        "gradient_effective_rank": effective_rank(found.singular_values),
-        "gradient_stable_rank": stable_rank(found.singular_values),
-    }
-    assert found.statistics()["gradient_effective_rank"] < effective_rank(sigma)
+def test_statistics_bound_the_rank_measures_of_the_gradient(sigma: Tensor) -> None:
+    known = sketch(matrix(sigma)).finalise().statistics()
+    for name, measure in (("effective_rank", effective_rank), ("participation_ratio", participation_ratio)):
+        low, high = known[f"gradient_{name}"], known[f"gradient_{name}_upper"]
+        assert 0.8 * low <= measure(sigma) <= 1.2 * high, name  # the values of a sketch are a little off
+    assert known["gradient_stable_rank"] == pytest.approx(stable_rank(sigma), rel=0.1)
 
 
 @pytest.mark.parametrize("rank", [-1, K + 1])

@@ -51,6 +51,30 @@ def test_in_place_activation_after_the_module_does_not_change_g(frozen: bool) ->
     assert torch.equal(expected[1], found[1])
 
 
+class AddedInPlace(nn.Module):
+    """What PEFT's AdaLoRA does with the output of its base layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.update = nn.Linear(4, 4).double(), nn.Linear(4, 4).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x)
+        y += self.update(x)
+        return y
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("shape", [(3, 4), (3, 5, 4)], ids=["pooled", "tokens"])
+def test_an_output_changed_in_place_afterwards_keeps_its_signals(shape: tuple[int, ...], frozen: bool) -> None:
+    torch.manual_seed(0)
+    model, x = AddedInPlace().requires_grad_(not frozen), torch.randn(shape).double().requires_grad_()
+    found, g = collect(model, ["fc"], x)["fc"]
+    y = model(x).detach()
+    torch.testing.assert_close(g.flatten(0, 1), 2 * y.flatten(0, -2))
+    torch.testing.assert_close(found.flatten(0, 1), x.detach().flatten(0, -2))
+
+
 class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()

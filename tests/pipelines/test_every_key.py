@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 from unittest.mock import Mock
@@ -54,6 +55,7 @@ BASE: Mapping[str, object] = {
     "training.learning_rate": 0.01,
     "calibration.examples": 32,
     "calibration.batch_size": 8,
+    "calibration.report": False,
     "refinement.events": 2,
     "refinement.observe": 2,
     "refinement.share": 0.3,
@@ -119,6 +121,36 @@ def examples_in_the_statistics(run: Run) -> set[float]:
 def standard_errors_of_sensitivity(run: Run) -> list[float]:
     modules = read_profile(run.config.folder / "calibrate").modules
     return [module.statistics["psi_stderr"] for module in modules.values()]
+
+
+def estimators_asked(run: Run) -> set[str]:
+    modules = read_profile(run.config.folder / "calibrate").modules
+    return {key for module in modules.values() for key in module.statistics if key.startswith("gain_")}
+
+
+def fisher_traces(run: Run) -> list[float]:
+    modules = read_profile(run.config.folder / "calibrate").modules
+    return [module.statistics["gain_fisher"] for module in modules.values()]
+
+
+def kinds_of_spectra(run: Run) -> set[str]:
+    return set(read_profile(run.config.folder / "calibrate").spectra)
+
+
+def pages(run: Run) -> bool:
+    return (run.config.folder / "calibrate" / "report.html").exists()
+
+
+def measured_blocks(run: Run) -> set[str]:
+    return set(read_profile(run.config.folder / "calibrate").blocks)
+
+
+def loss_changes(run: Run) -> object:
+    return run.read("validate/validation.json")["ablations"]["leave_one_rank_out"]
+
+
+def modules_trained_alone(run: Run) -> int:
+    return len(run.read("validate/validation.json")["ablations"].get("alone", {}))
 
 
 def planned_ranks(run: Run) -> dict[str, int]:
@@ -281,6 +313,15 @@ ROWS = (
     Row("calibration.probe_factor", 8.0, partial(ranks, "calibrate")),
     Row("calibration.examples", 16, examples_in_the_statistics),
     Row("calibration.batch_size", 4, standard_errors_of_sensitivity),
+    Row("calibration.estimators", ["snr"], estimators_asked),
+    Row("calibration.estimators", ["probe", "fisher", "gradient", "kfac_gradient", "magnitude"], estimators_asked),
+    Row("calibration.labels", "model", fisher_traces, beside={"calibration.estimators": ["fisher"]}),
+    Row("calibration.labels", "model", refused="the mean gradient at labels drawn from the model is zero", stages=()),
+    Row("calibration.activations", False, kinds_of_spectra),
+    Row("calibration.report", True, pages),
+    Row("calibration.jacobian_examples", 4, measured_blocks),
+    Row("validation.examples", 16, loss_changes, stages=("validate",), beside={"validation.retrained": 0}),
+    Row("validation.retrained", 1, modules_trained_alone, stages=("validate",), beside={"validation.retrained": 0}),
     Row("allocation.solver", "exact", planned_ranks, stages=("allocate",), prepare=partial(known_gains, budget=96)),
     Row("refinement.policy", "none", rank_moves, stages=("refine",)),
     Row("refinement.start", 0.5, trained, stages=("train",)),
@@ -479,6 +520,8 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         for name in plots.__all__:
             patch.setattr(plots, name, Mock())  # half of the time, and no key is about pictures
+        for name in ("calibrate", "validate"):
+            patch.setattr(import_module(f"flowra_pipelines.stages.{name}"), "profile_report", lambda *_: ({}, "a page"))
         torch.set_num_threads(1)
         with patch.context() as inside:
             inside.chdir(folder)

@@ -7,6 +7,7 @@ gradient would absorb the budget. So the probe's *learned* update is measured, b
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,13 +16,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flowra_adapters import attach
-from flowra_allocation import BottleneckGram, mean_rank
+from flowra_allocation import BottleneckGram, flow_spectrum, mean_rank
 from flowra_analysis import (
     ActivationSpectra,
     FlowProfile,
     ModuleProfile,
     base_hash,
+    block_jacobians,
     data_hash,
+    find_blocks,
     profile_weights,
     provenance_of,
     spectrum_statistics,
@@ -30,6 +33,7 @@ from flowra_analysis import (
 )
 from flowra_pipelines import plots
 from flowra_pipelines.data import Examples, TextData
+from flowra_pipelines.errors import UserError
 from flowra_pipelines.estimators import Estimates, estimate, psi
 from flowra_pipelines.report import profile_report
 from flowra_pipelines.run_config import RunConfig
@@ -78,6 +82,9 @@ def calibrate(config: RunConfig, folder: Path) -> StageResult:
     batches = _calibration_batches(config, setting)
     found = _measure(config, model, setting, layers, batches)
     profile = _profile(config, model, layers, batches, found, base)
+    profile = replace(
+        profile, blocks=_blocks(model, batches, examples=config.calibration.jacobian_examples, seed=config.seed)
+    )
     write_profile(profile, folder)
     _write_grams(found.states["probe"].grams, folder)
     if config.calibration.report:
@@ -212,8 +219,7 @@ def _spectra(
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, float]]]:
     """Return all spectra by kind and module, and by module the rank measures of those that are of matrices."""
     statistics, weights = profile_weights(model, list(layers.costs))
-    flow = found.gains["probe"].spectra
-    assert flow is not None
+    flow = {name: flow_spectrum(gram).gains for name, gram in found.states["probe"].grams.items()}
     spectra: dict[str, dict[str, Tensor]] = {"flow_gains": flow, "weight": weights, "update": {}}
     for name, layer in lora_layers(model).items():
         sigma = spectra["update"][name] = layer.scaling * update_spectrum(layer.lora_A, layer.lora_B).cpu()
@@ -233,3 +239,33 @@ def _spectra(
         assert gains is not None
         spectra["kfac_gradient"] = {name: (2 * each).sqrt() for name, each in gains.items()}
     return spectra, statistics
+
+
+def _blocks(
+    model: PreTrainedModel, batches: list[dict[str, Tensor]], *, examples: int, seed: int
+) -> dict[str, dict[str, float]]:
+    """Measure the Jacobians of the model's blocks on the first examples."""
+    if not examples:
+        return {}
+    device = next(model.parameters()).device
+    first: list[dict[str, Tensor]] = []
+    for batch in batches:
+        left = examples - sum(len(each["input_ids"]) for each in first)
+        if left > 0:
+            first.append({key: value[:left].to(device) for key, value in batch.items() if key != "labels"})
+    caches = getattr(model.config, "use_cache", False)
+    try:
+        model.config.use_cache = False
+        found = block_jacobians(
+            model,
+            first,
+            lambda module, batch: module(**batch),
+            find_blocks(model),
+            mask=lambda batch: batch["attention_mask"],
+            seed=seed,
+        )
+    except ValueError as error:
+        raise UserError(f"{error} Or set calibration.jacobian_examples to 0.") from None
+    finally:
+        model.config.use_cache = caches
+    return {name: each.statistics() for name, each in found.items()}

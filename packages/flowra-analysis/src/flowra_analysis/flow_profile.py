@@ -59,6 +59,8 @@ class FlowProfile:
     spectra: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     """Kind (such as ``flow_gains`` or ``weight``) to module name to spectrum: 1-D, floating point, finite,
     non-increasing. A kind may cover some of the modules only, but no others."""
+    blocks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Qualified name of a block of layers to statistics by name, such as those of :class:`BlockJacobian`."""
     base_parameters: int
     """Parameters of the base model, ≥ 1: what a budget in per cent refers to."""
     provenance: Mapping[str, str | int | float] = field(default_factory=dict)
@@ -77,6 +79,12 @@ class FlowProfile:
                 raise ValueError(
                     f"provenance must be names and strings or finite numbers, got {key!r}: {short_repr(value)}"
                 )
+        for name, statistics in self.blocks.items():
+            for key, value in statistics.items():
+                if not isinstance(key, str) or not _is_number(value):
+                    raise ValueError(
+                        f"blocks must have names and finite numbers, got {key!r}: {short_repr(value)} for {name!r}"
+                    )
         for kind, by_module in self.spectra.items():
             if not kind or "/" in kind:
                 raise ValueError(f"kinds of spectra must be names without '/', got {kind!r}")
@@ -109,6 +117,10 @@ def write_profile(profile: FlowProfile, folder: str | Path) -> None:
         },
         "provenance": dict(profile.provenance),
     }
+    if profile.blocks:
+        content["blocks"] = {
+            name: {key: float(value) for key, value in each.items()} for name, each in profile.blocks.items()
+        }
     text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
     tensors = {
         f"{kind}/{name}": spectrum.detach().to("cpu", copy=True).contiguous()  # copies: two names may share a tensor
@@ -137,6 +149,8 @@ def read_profile(folder: str | Path) -> FlowProfile:
     version = content.get("format_version")
     if isinstance(version, bool) or version != FlowProfile.format_version:
         raise ValueError(f"format_version must be {FlowProfile.format_version}, got {short_repr(version)}; in {path}")
+    blocks = _object(content, "blocks", path) if "blocks" in content else {}
+    content.pop("blocks", None)
     _require_keys(content, {"format_version", "base_parameters", "modules", "provenance"}, str(path))
     modules = {name: _module(name, entry, path) for name, entry in _object(content, "modules", path).items()}
     spectra: dict[str, dict[str, Tensor]] = {}
@@ -149,6 +163,7 @@ def read_profile(folder: str | Path) -> FlowProfile:
         return FlowProfile(
             modules=modules,
             spectra=spectra,
+            blocks={name: _entry(each, f"block {name!r} in {path}") for name, each in blocks.items()},
             base_parameters=content["base_parameters"],
             provenance=_object(content, "provenance", path),
         )
@@ -170,6 +185,12 @@ def _module(name: str, entry: object, path: Path) -> ModuleProfile:
         )
     except ValueError as error:
         raise ValueError(f"{error}; for {where}") from None
+
+
+def _entry(value: object, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"blocks must be JSON objects, got {type(value).__name__} for {where}")
+    return value
 
 
 def _require_keys(content: Mapping[str, Any], expected: set[str], where: str) -> None:

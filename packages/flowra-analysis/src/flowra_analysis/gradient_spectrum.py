@@ -13,6 +13,7 @@ sketch, its reconstruction and its error estimate. docs/methods.md, section 10. 
 the paper's least is 2k + 1; ‖G‖² by a control variate, see :meth:`GradientSketch.finalise`.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from flowra_analysis.layer_signals import Signals
 from flowra_analysis.measure import measure
 from flowra_analysis.per_example_signals import Batch
-from flowra_analysis.rank_measures import effective_rank, stable_rank
+from flowra_analysis.rank_measures import spectrum_statistics
 
 __all__ = ["GradientSketch", "GradientSpectra", "GradientSpectrum", "gradient_spectra"]
 
@@ -94,14 +95,15 @@ class GradientSpectrum:
 
         Returns:
             ``gradient_squared_norm`` and ``gradient_squared_error``, the estimates above, and
-            ``gradient_effective_rank`` and ``gradient_stable_rank`` of the k sketched values. Leaving out the smallest
-            values of a spectrum lowers these measures, so, but for the error of the sketch, they are lower bounds.
+            :func:`spectrum_statistics` of the values that are good: the first quarter, or all where k = min(m, n).
         """
+        shape = (len(self.left), len(self.right))
+        count = len(self.singular_values)
+        good = count if count == min(shape) else math.ceil(count / 4)
         return {
             "gradient_squared_norm": self.squared_norm,
             "gradient_squared_error": self.squared_error,
-            "gradient_effective_rank": effective_rank(self.singular_values),
-            "gradient_stable_rank": stable_rank(self.singular_values),
+            **spectrum_statistics("gradient", self.singular_values[:good], shape, squared_norm=self.squared_norm),
         }
 
 
@@ -253,8 +255,8 @@ class GradientSketch:
         phi, psi, theta = self.probes.phi.double(), self.probes.psi.double(), self.probes.theta.double()
         corange, range_, core, check = (each.double() / self.num_examples for each in self.sums)
         q, p = torch.linalg.qr(range_).Q, torch.linalg.qr(corange.T).Q
-        half = torch.linalg.lstsq(phi @ q, core).solution  # (k, s)
-        u, sigma, vt = torch.linalg.svd(torch.linalg.lstsq(psi @ p, half.T).solution.T)
+        half = _least_squares(phi @ q, core)  # (k, s)
+        u, sigma, vt = torch.linalg.svd(_least_squares(psi @ p, half.T).T)
         left, right = q @ u, p @ vt.T
         expected = (theta @ left * sigma) @ right.T  # Θ Ĝ
         return GradientSpectrum(
@@ -392,6 +394,13 @@ def gradient_spectra(
     """
     begun = {"gradient": GradientSpectra.init(size=size, seed=seed)}
     return measure(model, batches, per_example_loss, module_names, begun, mask=mask)["gradient"].finalise()
+
+
+def _least_squares(a: Tensor, b: Tensor) -> Tensor:
+    """Solve min ‖A X − B‖ for A ``(s, k)`` of full rank; the same bits each time, as LAPACK's drivers need not give."""
+    q, r = torch.linalg.qr(a)
+    solution: Tensor = torch.linalg.solve_triangular(r, q.T @ b, upper=True)
+    return solution
 
 
 def _add(ours: Sums, theirs: Sums) -> Sums:

@@ -128,8 +128,9 @@ class Recorder:
         x: Tensor = (*args, *kwargs.values())[0]  # the first argument is called input, in Conv1D x
         if x.ndim < 2:
             raise ValueError(f"input must have shape (N, …, n), got {tuple(x.shape)} at {name!r}. Add a batch axis.")
-        if not output.requires_grad:
-            output = output.requires_grad_().clone()  # a copy: a leaf could not be changed in place by what follows
+        if not output.requires_grad or output._is_view():
+            # A copy: a leaf could not be changed in place by what follows, and a view would lose our hook if it is.
+            output = (output if output.requires_grad else output.requires_grad_()).clone()
         receive = partial(self.receive, name, next(self.order), x.detach(), x._version)
         output.register_hook(receive)
         return output
