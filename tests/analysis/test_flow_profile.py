@@ -27,12 +27,18 @@ def profile() -> FlowProfile:
             },
         },
         base_parameters=20,
+        blocks={"encoder.layer.0": {"jacobian_gain": 1.5}},
         provenance={"model": "tiny", "num_examples": 128, "seconds": 0.5},
     )
 
 
 def assert_same(a: FlowProfile, b: FlowProfile) -> None:
-    assert (a.modules, a.base_parameters, a.provenance) == (b.modules, b.base_parameters, b.provenance)
+    assert (a.modules, a.blocks, a.base_parameters, a.provenance) == (
+        b.modules,
+        b.blocks,
+        b.base_parameters,
+        b.provenance,
+    )
     assert {kind: set(group) for kind, group in a.spectra.items()} == {
         kind: set(group) for kind, group in b.spectra.items()
     }
@@ -150,9 +156,10 @@ def test_module_that_makes_no_sense_is_refused(change: dict[str, Any], message: 
 
 
 WHOLE = {
-    "format_version": "1",
+    "format_version": "2",
     "base_parameters": "20",
     "modules": '{"a": {"shape": [2, 3], "cost_per_rank": 5, "statistics": {}}}',
+    "blocks": "{}",
     "provenance": "{}",
 }
 
@@ -176,9 +183,9 @@ def refusal(text: str, folder: Path) -> str:
         ("[]", "must hold a JSON object, got list"),
         ("[" * 100_000, "must be JSON, got"),
         ("\xff", "must be JSON, got"),
-        ("{}", "format_version must be 1, got None"),
-        ('{"format_version": 1, "format_version": 1}', "must be JSON, got a key twice"),
-        ('{"format_version": 1, "moduels": {}}', "and unknown ['moduels']"),
+        ("{}", "format_version must be 2, got None"),
+        ('{"format_version": 2, "format_version": 2}', "must be JSON, got a key twice"),
+        ('{"format_version": 2, "moduels": {}}', "and unknown ['moduels']"),
     ],
     ids=["empty", "list", "deep", "not utf-8", "no version", "key twice", "unknown key"],
 )
@@ -189,13 +196,16 @@ def test_damaged_json_is_refused_with_one_line(text: str, message: str, tmp_path
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("format_version", "2", "format_version must be 1, got 2"),
-        ("format_version", "true", "format_version must be 1, got True"),
-        ("format_version", f'"{"1" * 5000}"', "format_version must be 1, got '1111"),
+        ("format_version", "1", "format_version must be 2, got 1"),
+        ("format_version", "true", "format_version must be 2, got True"),
+        ("format_version", f'"{"1" * 5000}"', "format_version must be 2, got '1111"),
         ("base_parameters", '"20"', "base_parameters must be a whole number ≥ 1, got '20'"),
         ("base_parameters", "1" + "0" * 30, "base_parameters must be a whole number ≥ 1, got 1000"),
         ("base_parameters", "1" + "0" * 5000, "must be JSON, got"),
         ("provenance", '{"nested": {}}', "provenance must be names and strings or finite numbers"),
+        ("blocks", "[]", "blocks must be a JSON object, got list"),
+        ("blocks", '{"h.0": 3}', "blocks must be JSON objects, got int for block 'h.0'"),
+        ("blocks", '{"h.0": {"gain": "3"}}', "blocks must have names and finite numbers, got 'gain': '3' for 'h.0'"),
         ("modules", "[]", "modules must be a JSON object, got list"),
         ("modules", '{"a": 3}', "modules must be JSON objects, got int for module 'a'"),
         ("modules", '{"a": {"shape": [2, 3]}}', "missing ['cost_per_rank', 'statistics'] and unknown []"),
@@ -205,7 +215,7 @@ def test_damaged_json_is_refused_with_one_line(text: str, message: str, tmp_path
         ("modules", '{"a": {"shape": [2, 3], "cost_per_rank": 5, "statistics": {"psi": 1e999}}}', "'psi': inf"),
         ("modules", '{"a": {"shape": [2, 3], "cost_per_rank": 5, "statistics": {}, "rank": 1}}', "unknown ['rank']"),
     ],
-    ids=[*"abcdefghijklmno"],
+    ids=[*"abcdefghijklmnopqr"],
 )
 def test_hostile_value_is_refused_with_one_line(key: str, value: str, message: str, tmp_path: Path) -> None:
     entries = ", ".join(f'"{each}": {text}' for each, text in {**WHOLE, key: value}.items())
@@ -264,5 +274,5 @@ def test_a_profile_with_hashes_and_several_estimators_is_of_the_same_version(tmp
         modules={"a": module}, spectra={"update": {"a": torch.ones(2)}}, base_parameters=6, provenance=origin
     )
     write_profile(rich, tmp_path)
-    assert '"format_version": 1' in (tmp_path / "profile.json").read_text(encoding="utf-8")
+    assert '"format_version": 2' in (tmp_path / "profile.json").read_text(encoding="utf-8")
     assert_same(read_profile(tmp_path), rich)

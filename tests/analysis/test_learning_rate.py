@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from flowra_analysis import HessianProducts, propose_learning_rate
 
 Batch = tuple[Tensor, Tensor]
+at_birth = partial(propose_learning_rate, warm_up_steps=0)
 
 
 class Quadratic(nn.Module):
@@ -43,10 +45,10 @@ def test_of_a_quadratic_the_threshold_is_exact() -> None:
     gradients = torch.stack([-torch.tensor(curvature).double() * each.mean(0) for each in batches])
     ratio = torch.tensor(curvature).double() / gradients.square().mean(0).sqrt()  # of H over P, both diagonal
     model = Quadratic(curvature)
-    found = propose_learning_rate(model, batches, own_loss, weight_of(model), tolerance=0)
+    found = at_birth(model, batches, own_loss, weight_of(model), tolerance=0)
     assert found.eigenvalue == pytest.approx(float(ratio.max()), rel=1e-9)
     assert found.threshold == pytest.approx(38 / float(ratio.max()), rel=1e-9)
-    assert found.rate == pytest.approx(0.1 * found.threshold, rel=1e-12)
+    assert found.rate == pytest.approx(0.2 * found.threshold, rel=1e-12)
     assert found.converged
     assert found.eigenvalue_standard_error == pytest.approx(0, abs=1e-9)  # every batch has the same Hessian
 
@@ -55,7 +57,7 @@ def test_of_a_quadratic_the_threshold_is_exact() -> None:
 def test_adam_with_these_second_moments_is_stable_just_below_the_threshold(factor: float, stable: bool) -> None:
     curvature, batches = [9.0, 1.0, 0.2], drawn(5, 3)
     model = Quadratic(curvature)
-    threshold = propose_learning_rate(model, batches, own_loss, weight_of(model), tolerance=0).threshold
+    threshold = at_birth(model, batches, own_loss, weight_of(model), tolerance=0).threshold
     h = torch.tensor(curvature).double()
     root = torch.stack([h * each.mean(0) for each in batches]).square().mean(0).sqrt()
     at, moment = torch.ones(3).double(), torch.zeros(3).double()
@@ -67,7 +69,7 @@ def test_adam_with_these_second_moments_is_stable_just_below_the_threshold(facto
 
 def test_momentum_moves_the_threshold_as_the_paper_says() -> None:
     model, batches = Quadratic([3.0, 1.0]), drawn(2, 2)
-    without = propose_learning_rate(model, batches, own_loss, weight_of(model), momentum=0.0, tolerance=0)
+    without = at_birth(model, batches, own_loss, weight_of(model), momentum=0.0, tolerance=0)
     assert without.threshold == pytest.approx(2 / without.eigenvalue, rel=1e-12)
 
 
@@ -116,7 +118,7 @@ def test_parameters_that_adam_does_not_move_do_not_count() -> None:
     model = Net().eval()
     hessian, root = dense(model, net_batches(), ["b", "head"], used=4)  # A has no gradient while B = 0
     expected = torch.linalg.eigvalsh(hessian / root.sqrt()[:, None] / root.sqrt())[-1]
-    found = propose_learning_rate(model, net_batches(), net_loss, trained_in(model), max_iterations=40, tolerance=1e-8)
+    found = at_birth(model, net_batches(), net_loss, trained_in(model), max_iterations=40, tolerance=1e-8)
     assert found.eigenvalue == pytest.approx(float(expected), rel=1e-7)
 
 
@@ -125,7 +127,7 @@ def test_a_factor_of_the_rate_counts_as_a_smaller_p() -> None:
     hessian, root = dense(model, net_batches(), ["b", "head"], used=4)
     root[12:] /= 30  # the head's rate is 30 times the proposed one
     expected = torch.linalg.eigvalsh(hessian / root.sqrt()[:, None] / root.sqrt())[-1]
-    found = propose_learning_rate(
+    found = at_birth(
         model, net_batches(), net_loss, trained_in(model), factors={"head": 30.0}, max_iterations=40, tolerance=1e-8
     )
     assert found.eigenvalue == pytest.approx(float(expected), rel=1e-7)
@@ -135,7 +137,7 @@ def test_the_hessian_is_that_of_the_first_batches_and_the_moments_those_of_all()
     model = Net().eval()
     hessian, root = dense(model, net_batches(6), ["b", "head"], used=3)
     expected = torch.linalg.eigvalsh(hessian / root.sqrt()[:, None] / root.sqrt())[-1]
-    found = propose_learning_rate(
+    found = at_birth(
         model,
         net_batches(6),
         net_loss,
@@ -155,7 +157,7 @@ def test_the_standard_error_is_that_of_the_batches_along_the_eigenvector() -> No
     chosen = {name: each for name, each in trained_in(model).items() if name != "a"}
     each = [HessianProducts(model, batch, net_loss, chosen) for batch in net_batches()]
     values = torch.stack([vector @ one.product(vector) for one in each])
-    found = propose_learning_rate(model, net_batches(), net_loss, trained_in(model), max_iterations=40, tolerance=1e-9)
+    found = at_birth(model, net_batches(), net_loss, trained_in(model), max_iterations=40, tolerance=1e-9)
     assert found.eigenvalue == pytest.approx(float(values.mean()), rel=1e-6)
     assert found.eigenvalue_standard_error == pytest.approx(float(values.std()) / 2, rel=1e-4)
     relative = found.eigenvalue_standard_error / found.eigenvalue
@@ -164,8 +166,8 @@ def test_the_standard_error_is_that_of_the_batches_along_the_eigenvector() -> No
 
 def test_the_unit_of_the_loss_does_not_matter() -> None:
     model = Net()
-    plain = propose_learning_rate(model, net_batches(), net_loss, trained_in(model))
-    scaled = propose_learning_rate(model, net_batches(), lambda *both: 1e3 * net_loss(*both), trained_in(model))
+    plain = at_birth(model, net_batches(), net_loss, trained_in(model))
+    scaled = at_birth(model, net_batches(), lambda *both: 1e3 * net_loss(*both), trained_in(model))
     assert scaled.rate == pytest.approx(plain.rate, rel=1e-9)
 
 
@@ -176,18 +178,48 @@ def test_a_parameter_in_larger_units_wants_a_larger_rate() -> None:
             return (self.curvature * (self.weight / 8 - x).square()).sum(1) / 2
 
     found = [
-        propose_learning_rate(model, drawn(3, 2), own_loss, weight_of(model)).rate
+        at_birth(model, drawn(3, 2), own_loss, weight_of(model)).rate
         for model in (Quadratic([3.0, 1.0]), Rescaled([3.0, 1.0]))
     ]
     assert found[1] == pytest.approx(8 * found[0], rel=1e-9)
 
 
-def test_the_model_is_left_bitwise_as_it_was() -> None:
+def test_the_curvature_is_that_after_steps_of_adam() -> None:
+    batches = net_batches(7)
+    model, moved = Net().eval(), Net().eval()
+    optimizer = torch.optim.AdamW(
+        [{"params": [moved.a, moved.b], "lr": 1e-2}, {"params": [moved.head], "lr": 3e-2}], weight_decay=0
+    )
+    for batch in batches[:3]:
+        optimizer.zero_grad()
+        net_loss(moved, batch).mean().backward()
+        optimizer.step()
+    options = {"factors": {"head": 3.0}, "max_iterations": 50, "tolerance": 1e-8}
+    expected = at_birth(moved, batches[3:], net_loss, trained_in(moved), **options)
+    found = propose_learning_rate(
+        model, batches, net_loss, trained_in(model), warm_up_steps=3, warm_up_rate=1e-2, **options
+    )
+    assert found.eigenvalue == pytest.approx(expected.eigenvalue, rel=1e-6)
+    birth = at_birth(model, batches[3:], net_loss, trained_in(model), **options)
+    assert abs(birth.eigenvalue / found.eigenvalue - 1) > 0.01
+
+
+def failing(model: nn.Module, batch: Batch) -> Tensor:
+    losses = net_loss(model, batch)
+    return losses * math.nan if model.get_parameter("b").any() else losses
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_left_bitwise_as_it_was(fails: bool) -> None:
     model = Net()
     model.head.grad = torch.ones_like(model.head)
     before = {name: each.clone() for name, each in model.state_dict().items()}
     rng = torch.get_rng_state()
-    propose_learning_rate(model, net_batches(), net_loss, trained_in(model), curvature_examples=8)
+    if fails:
+        with pytest.raises(ValueError, match="loss and gradient must be finite"):
+            propose_learning_rate(model, net_batches(12), failing, trained_in(model))
+    else:
+        propose_learning_rate(model, net_batches(12), net_loss, trained_in(model), curvature_examples=8)
     assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
     assert model.training
     assert model.dropout.training
@@ -197,33 +229,33 @@ def test_the_model_is_left_bitwise_as_it_was() -> None:
 
 
 def test_the_same_call_gives_the_same_rate() -> None:
-    first, second = (propose_learning_rate(m, net_batches(), net_loss, trained_in(m)) for m in (Net(), Net()))
+    first, second = (at_birth(m, net_batches(), net_loss, trained_in(m)) for m in (Net(), Net()))
     assert first == second
 
 
-def test_a_batch_alone_is_an_error() -> None:
+def test_too_few_batches_are_an_error() -> None:
     model = Net()
-    with pytest.raises(ValueError, match=r"batches must be at least 2, got 1\. Give more"):
-        propose_learning_rate(model, net_batches(1), net_loss, trained_in(model))
+    with pytest.raises(ValueError, match=r"batches must be 10 for the warm-up and at least 2 more, got 11\. Give"):
+        propose_learning_rate(model, net_batches(11), net_loss, trained_in(model))
 
 
 def test_a_loss_that_curves_nowhere_upwards_is_an_error() -> None:
     model = Quadratic([-1.0, -2.0])
     with pytest.raises(ValueError, match=r"loss must curve upwards somewhere, got a largest eigenvalue of -"):
-        propose_learning_rate(model, drawn(2, 2), own_loss, weight_of(model))
+        at_birth(model, drawn(2, 2), own_loss, weight_of(model))
 
 
 def test_a_loss_at_its_minimum_is_an_error() -> None:
     model = Quadratic([1.0, 2.0])
     with pytest.raises(ValueError, match="parameters must have gradients, got zero for all of them"):
-        propose_learning_rate(model, [torch.zeros(1, 2).double()] * 2, own_loss, weight_of(model))
+        at_birth(model, [torch.zeros(1, 2).double()] * 2, own_loss, weight_of(model))
 
 
 def test_arguments_out_of_range_are_errors() -> None:
     model = Quadratic([1.0, 2.0])
-    with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\) and curvature_examples >= 1, got 1.0 and 32"):
-        propose_learning_rate(model, drawn(2, 2), own_loss, weight_of(model), momentum=1.0)
+    with pytest.raises(ValueError, match=r"momentum must be in .* got 1\.0, 32, 0 and 0\.001"):
+        at_birth(model, drawn(2, 2), own_loss, weight_of(model), momentum=1.0)
     with pytest.raises(ValueError, match=r"factors must be > 0 and name parameters, got \['other'\]"):
-        propose_learning_rate(model, drawn(2, 2), own_loss, weight_of(model), factors={"other": 2.0})
+        at_birth(model, drawn(2, 2), own_loss, weight_of(model), factors={"other": 2.0})
     with pytest.raises(ValueError, match=r"factors must be > 0 and name parameters, got \{'weight': inf\}"):
-        propose_learning_rate(model, drawn(2, 2), own_loss, weight_of(model), factors={"weight": math.inf})
+        at_birth(model, drawn(2, 2), own_loss, weight_of(model), factors={"weight": math.inf})

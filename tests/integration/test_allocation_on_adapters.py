@@ -94,13 +94,10 @@ def test_gradient_checkpointing_counts_once(reentrant: bool) -> None:
 
 
 @pytest.mark.parametrize("sketch", [False, True], ids=["grams", "with_sketch"])
-@pytest.mark.parametrize(("scaling", "tolerance"), [(2.0, 0.0), (1.5, 1e-5)], ids=["power_of_two", "any_scaling"])
-def test_observing_changes_no_bit_of_loss_or_gradient_but_the_rounding_of_the_scaling(
-    scaling: float, tolerance: float, sketch: bool
-) -> None:
+def test_observing_changes_loss_and_gradient_by_rounding_alone(sketch: bool) -> None:
     data, found = batch(num_labels=3), []
-    for observed in (False, True):  # unobserved, the update is fused into the layer
-        model, layers = observed_bert(dtype=torch.float32, scaling=scaling)
+    for observed in (False, True):  # unobserved, the update is fused into the layer, or folded into its weight
+        model, layers = observed_bert(dtype=torch.float32, scaling=1.5)
         generator = torch.Generator().manual_seed(0)
         observer = BottleneckObserver(model, layers, loss="mean", sketch=sketch, generator=generator)
         with observer if observed else nullcontext():
@@ -109,7 +106,7 @@ def test_observing_changes_no_bit_of_loss_or_gradient_but_the_rounding_of_the_sc
         found.append([loss.detach(), *(each.grad for each in model.parameters() if each.grad is not None)])
     assert len(found[0]) == 1 + 2 * len(RANKS)
     for plain, watched in zip(*found, strict=True):
-        assert (plain - watched).abs().max() <= tolerance * plain.abs().max()
+        assert (plain - watched).abs().max() <= 1e-5 * plain.abs().max()
 
 
 # Surgery.

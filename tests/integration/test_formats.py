@@ -77,7 +77,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A finished run of all stages on a tiny encoder; not to be changed."""
     torch.set_num_threads(1)
     config = load_config(tiny_config(tmp_path_factory.mktemp("formats")))
-    for name in STAGES:
+    for name in (*STAGES, "validate"):
         run_stage(name, WORK[name], config, log=unlogged)
     return config
 
@@ -92,6 +92,7 @@ def artifacts(run: RunConfig, tmp_path: Path) -> dict[str, Path]:
         "rank_history": "refine",
         "metrics": "evaluate",
         "stage": "allocate",
+        "validation": "validate",
     }
     copied = {}
     for name, folder in folders.items():
@@ -132,7 +133,7 @@ def test_every_file_of_a_run_follows_its_schema(run: RunConfig) -> None:
 
 def test_every_stage_leaves_the_files_that_the_page_lists(run: RunConfig) -> None:
     page = (FORMATS / "stage.md").read_text(encoding="utf-8")
-    for stage in STAGES:
+    for stage in (*STAGES, "validate"):
         listed = next(line for line in page.split("## Folders")[1].splitlines() if line.startswith(f"| {stage} |"))
         for path in (run.folder / stage).iterdir():
             name = f"{path.name}/" if path.is_dir() else path.name

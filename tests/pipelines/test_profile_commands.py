@@ -147,7 +147,7 @@ def test_modules_statistics_and_spectra_of_one_side_only_are_named(pair: tuple[P
 
 @pytest.mark.parametrize(
     "damage",
-    ["", "[]", '{"format_version": 1}', '{"format_version": 2, "modules": {"a\\nb": {}}}', "\x00"],
+    ["", "[]", '{"format_version": 2}', '{"format_version": 1, "modules": {"a\\nb": {}}}', "\x00"],
     ids=["empty", "list", "keys", "version", "null"],
 )
 @pytest.mark.parametrize("command", [["profile", "show"], ["profile", "diff", "{good}"], ["report"]], ids=" ".join)

@@ -42,7 +42,7 @@ from flowra_pipelines.stages.record import StageResult
 from flowra_pipelines.stages.setting import Layers, Setting, base_model, load_setting, lora_layers, survey
 from flowra_pipelines.training import build_optimizer, data_order, train_phase
 
-__all__ = ["calibrate", "probe_rank", "read_grams"]
+__all__ = ["activation_spectra", "calibrate", "probe_rank", "read_grams", "spectra_of"]
 
 GRAMS = "bottleneck_grams.safetensors"
 ACTIVATION_SKETCH = 64
@@ -151,6 +151,11 @@ def _calibration_batches(config: RunConfig, setting: Setting) -> list[dict[str, 
     return [setting.collate(rows[start : start + size]) for start in range(0, count, size)]
 
 
+def activation_spectra() -> ActivationSpectra:
+    """Return the statistic of the layers' inputs before the first batch."""
+    return ActivationSpectra.init(dense_limit=ACTIVATION_SKETCH, size=ACTIVATION_SKETCH)
+
+
 def _measure(
     config: RunConfig,
     model: PreTrainedModel,
@@ -168,9 +173,7 @@ def _measure(
         tuple(kinds),
         labels=config.calibration.labels,
         seed=config.seed,
-        also={"activation": ActivationSpectra.init(dense_limit=ACTIVATION_SKETCH, size=ACTIVATION_SKETCH)}
-        if config.calibration.activations
-        else {},
+        also={"activation": activation_spectra()} if config.calibration.activations else {},
     )
 
 
@@ -190,7 +193,7 @@ def _profile(
             own |= {f"psi_{kind}": values[name], f"psi_{kind}_stderr": errors[name]}
             if kind == "probe":
                 own |= {"psi": values[name], "psi_stderr": errors[name]}
-    spectra, ranks = _spectra(model, layers, found)
+    spectra, ranks = spectra_of(model, layers, found)
     for name, own in statistics.items():
         own |= ranks[name]
     examples = sum(len(batch["input_ids"]) for batch in batches)
@@ -214,7 +217,7 @@ def _profile(
     )
 
 
-def _spectra(
+def spectra_of(
     model: nn.Module, layers: Layers, found: Estimates
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, float]]]:
     """Return all spectra by kind and module, and by module the rank measures of those that are of matrices."""

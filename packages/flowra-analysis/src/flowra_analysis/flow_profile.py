@@ -1,6 +1,6 @@
 """The FlowProfile, what calibration knows of a model, and its two files: ``profile.json`` and ``profile.safetensors``.
 
-The JSON holds ``format_version``, ``base_parameters``, ``modules`` and ``provenance``; the spectra are tensors named
+The JSON holds ``format_version``, ``base_parameters``, ``modules``, ``blocks`` and ``provenance``; the spectra are tensors named
 ``<kind>/<module name>``. Nothing else is read; equal values give equal bytes.
 """
 
@@ -66,7 +66,7 @@ class FlowProfile:
     provenance: Mapping[str, str | int | float] = field(default_factory=dict)
     """How the profile came about: what :func:`flowra_analysis.provenance_of` gives, and anything beside it."""
 
-    format_version: ClassVar[int] = 1
+    format_version: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         """Check that spectra belong to known modules and are spectra, and that numbers are finite."""
@@ -115,12 +115,9 @@ def write_profile(profile: FlowProfile, folder: str | Path) -> None:
             }
             for name, module in profile.modules.items()
         },
+        "blocks": {name: {key: float(value) for key, value in each.items()} for name, each in profile.blocks.items()},
         "provenance": dict(profile.provenance),
     }
-    if profile.blocks:
-        content["blocks"] = {
-            name: {key: float(value) for key, value in each.items()} for name, each in profile.blocks.items()
-        }
     text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
     tensors = {
         f"{kind}/{name}": spectrum.detach().to("cpu", copy=True).contiguous()  # copies: two names may share a tensor
@@ -149,9 +146,7 @@ def read_profile(folder: str | Path) -> FlowProfile:
     version = content.get("format_version")
     if isinstance(version, bool) or version != FlowProfile.format_version:
         raise ValueError(f"format_version must be {FlowProfile.format_version}, got {short_repr(version)}; in {path}")
-    blocks = _object(content, "blocks", path) if "blocks" in content else {}
-    content.pop("blocks", None)
-    _require_keys(content, {"format_version", "base_parameters", "modules", "provenance"}, str(path))
+    _require_keys(content, {"format_version", "base_parameters", "modules", "blocks", "provenance"}, str(path))
     modules = {name: _module(name, entry, path) for name, entry in _object(content, "modules", path).items()}
     spectra: dict[str, dict[str, Tensor]] = {}
     for key, tensor in _read_tensors(folder / TENSORS_NAME).items():
@@ -163,7 +158,10 @@ def read_profile(folder: str | Path) -> FlowProfile:
         return FlowProfile(
             modules=modules,
             spectra=spectra,
-            blocks={name: _entry(each, f"block {name!r} in {path}") for name, each in blocks.items()},
+            blocks={
+                name: _entry(each, f"block {name!r} in {path}")
+                for name, each in _object(content, "blocks", path).items()
+            },
             base_parameters=content["base_parameters"],
             provenance=_object(content, "provenance", path),
         )

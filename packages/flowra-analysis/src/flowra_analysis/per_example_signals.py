@@ -61,6 +61,8 @@ def per_example_signals(
     for index, batch in enumerate(batches):
         with _evaluation(model), torch.enable_grad():
             real = None if mask is None else mask(batch)
+            if real is not None and real.ndim == 2 and bool(real.all()):
+                real = None  # no padding: nothing to leave out
             signals = _signals(model, batch, per_example_loss, modules, real, index)
         yield signals
 

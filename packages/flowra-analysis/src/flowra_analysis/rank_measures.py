@@ -174,15 +174,19 @@ def weight_spectrum(weight: Tensor) -> Tensor:
 
     Returns:
         ``(min(m, n),)``, non-increasing, on the device of the weight; float64 up to min(m, n) = 1024 and for float64
-        weights, float32 above, where the rounding of a full SVD no longer matters to a rank measure.
+        weights, float32 above, where the rounding of a full SVD no longer matters to a rank measure. Up to that size,
+        those of a weight in float32 or narrower are the roots of the eigenvalues of its float64 Gram matrix, at half
+        the cost: off by 1e-8 σ₁ at most, less than the rounding of the weight itself.
 
     Raises:
         ValueError: if the weight is not a finite floating-point matrix.
     """
     _check_weight(weight)
-    small = min(weight.shape) <= FLOAT64_MAX_SIDE or weight.dtype == torch.float64
-    spectrum: Tensor = torch.linalg.svdvals(weight.detach().to(torch.float64 if small else torch.float32))
-    return spectrum
+    if weight.dtype == torch.float64 or min(weight.shape) > FLOAT64_MAX_SIDE:
+        spectrum: Tensor = torch.linalg.svdvals(weight.detach().to(torch.promote_types(weight.dtype, torch.float32)))
+        return spectrum
+    tall = weight.detach().double() if weight.shape[0] >= weight.shape[1] else weight.detach().double().T
+    return torch.linalg.eigvalsh(tall.T @ tall).flip(0).clamp(min=0).sqrt()
 
 
 def leading_weight_spectrum(weight: Tensor, *, size: int = 128, seed: int = 0) -> tuple[Tensor, float]:
