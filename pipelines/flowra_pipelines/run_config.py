@@ -111,8 +111,9 @@ class TrainingConfig(Section):
     """Micro-batches whose examples are sorted by length before they are cut, to save padding; 1 switches it off."""
     gradient_accumulation: Annotated[int, Field(ge=1)] = 1
     """Micro-batches per optimiser step."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    """Peak learning rate of adapters."""
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = 1e-3
+    """Peak learning rate of adapters. ``auto``: what the curvature suggests, measured before the probe, at the price of
+    about ninety passes over a batch."""
     head_learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate of the head; by default that of the adapters. For ``regression`` that of its last layer is
     this times the standard deviation of the labels, so that their unit does not matter."""
@@ -425,6 +426,8 @@ def _explain(problem: dict[str, Any]) -> str:
         return str(problem["msg"]).removeprefix("Value error, ")
     given = repr(problem["input"])
     given = given if len(given) <= 80 else f"{given[:77]}..."
+    if "literal['auto']" in location or location[-2:-1] == ["learning_rate"]:  # a part of a union, each on its own
+        return f"{'.'.join(location[:-1])} must be a number greater than 0, or auto, got {given}"
     if location[-1] in UNION:  # pydantic reports each part of a union on its own
         return f"{key.rpartition('.')[0]} must be text or a whole number, got {given}"
     message = SAID_OF_YAML.get(problem["type"]) or re.sub(r"^\w+ should ", "must ", str(problem["msg"]))

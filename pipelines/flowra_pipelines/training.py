@@ -98,8 +98,10 @@ def build_optimizer(
         for name, layer in model.named_modules()
         if label_unit != 1.0 and f"{name}.".startswith(inside) and getattr(layer, "out_features", None) == 1
     )
-    head_rate = config.head_learning_rate or config.learning_rate
-    rates = (config.learning_rate, head_rate, head_rate * label_unit)
+    rate = config.learning_rate
+    assert rate != "auto", "the stages put the proposed rate in its place"
+    head_rate = config.head_learning_rate or rate
+    rates = (rate, head_rate, head_rate * label_unit)
     groups: list[list[nn.Parameter]] = [[], [], []]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -303,6 +303,7 @@ ROWS = (
     Row("training.length_window", 1, probe),
     Row("training.gradient_accumulation", 2, probe),
     Row("training.learning_rate", 0.02, probe),
+    Row("training.learning_rate", "auto", probe),
     Row("training.head_learning_rate", 0.05, probe),
     Row("training.schedule", "cosine", probe),
     Row("training.schedule", "constant", probe),
@@ -395,7 +396,7 @@ LATER = [
         "evaluate": ("adapter.dropout", "adapter.scaling", "seed"),
     }.items()
     for each in ROWS
-    if in_training(each) or each.key in others
+    if (in_training(each) or each.key in others) and each.value != "auto"  # calibrate alone finds the rate
 ]
 REFUSED = [pytest.param(each, id=title(each)) for each in ROWS if each.refused is not None]
 
@@ -615,6 +616,21 @@ def test_a_key_of_training_counts_in_every_stage_that_trains(stage: str, row: Ro
         tensors = Path("adapter", "adapter_model.safetensors")
         before, after = ((folder / tensors).read_bytes() for folder in (config.folder / stage, again))
         assert after != before, f"{row.key} has no effect on {stage}"
+
+
+def test_later_stages_train_at_the_rate_that_calibrate_proposed(scored: list[int]) -> None:
+    auto = {**BASE, "training.learning_rate": "auto"}
+    run(auto, ("calibrate", "allocate", "train"))
+    proposed = read_profile(Path("runs", "tiny", "calibrate")).provenance["learning_rate"]
+    trained_at = Path("runs", "tiny", "train", "adapter", "adapter_model.safetensors").read_bytes()
+    run({**BASE, "training.learning_rate": proposed}, ("calibrate", "allocate", "train"))
+    assert Path("runs", "tiny", "train", "adapter", "adapter_model.safetensors").read_bytes() == trained_at
+
+
+def test_a_stage_after_a_calibration_without_a_proposal_is_refused(scored: list[int]) -> None:
+    config = load_config(nested({**BASE, "training.learning_rate": "auto"}))
+    with pytest.raises(UserError, match=r"learning_rate must be in the profile's provenance, got None\. Run `flowra"):
+        WORK["train"](config, config.folder / "again")
 
 
 @pytest.mark.parametrize("row", REFUSED)

@@ -64,7 +64,7 @@ def test_defaults_are_those_of_the_packages() -> None:
         ("training=fast", r"training must be a section of keys, got 'fast'"),
         ("evaluation.baselines=base", r"evaluation\.baselines must be a list, such as \[a, b\], got 'base'"),
         ("budget=0.001", r"^budget must be text or a whole number, got 0\.001; in the configuration$"),
-        ("training.learning_rate=.inf", r"training\.learning_rate must be a finite number, got inf"),
+        ("training.learning_rate=.inf", r"training\.learning_rate must be a number greater than 0, or auto, got inf"),
         ("training.schedule=liner", r"training\.schedule must be 'linear', 'cosine' or 'constant', got 'liner'"),
         (f"seed={'x' * 500}", r"seed must be a valid integer.*got 'x{76}\.\.\.; in"),
         ("1=2", r"1 must be a known key; nearest: \w+; known here: name, "),

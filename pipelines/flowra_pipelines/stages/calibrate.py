@@ -35,6 +35,7 @@ from flowra_pipelines import plots
 from flowra_pipelines.data import Examples, TextData
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.estimators import Estimates, estimate, psi
+from flowra_pipelines.learning_rate import propose, with_rate
 from flowra_pipelines.report import profile_report
 from flowra_pipelines.run_config import RunConfig
 from flowra_pipelines.stages.phase import phase_metrics, save_phase
@@ -66,6 +67,11 @@ def calibrate(config: RunConfig, folder: Path) -> StageResult:
         modules_to_save=heads,
         generator=torch.Generator().manual_seed(config.seed),
     )
+    proposal: dict[str, float] = {}
+    if config.training.learning_rate == "auto":
+        proposed = propose(config, setting, model, heads)
+        proposal = {"learning_rate": proposed.rate, "learning_rate_stderr": proposed.standard_error}
+        config = with_rate(config, proposed.rate)
     optimizer = build_optimizer(model, config.training, heads=heads, label_unit=setting.data.label_unit)
     curve = train_phase(
         model,
@@ -82,9 +88,8 @@ def calibrate(config: RunConfig, folder: Path) -> StageResult:
     batches = _calibration_batches(config, setting)
     found = _measure(config, model, setting, layers, batches)
     profile = _profile(config, model, layers, batches, found, base)
-    profile = replace(
-        profile, blocks=_blocks(model, batches, examples=config.calibration.jacobian_examples, seed=config.seed)
-    )
+    blocks = _blocks(model, batches, examples=config.calibration.jacobian_examples, seed=config.seed)
+    profile = replace(profile, blocks=blocks, provenance={**profile.provenance, **proposal})
     write_profile(profile, folder)
     _write_grams(found.states["probe"].grams, folder)
     if config.calibration.report:
@@ -93,7 +98,7 @@ def calibrate(config: RunConfig, folder: Path) -> StageResult:
     peak = sum(layers.costs[name] * ranks[name] for name in ranks)
     return StageResult(
         metrics=phase_metrics(curve),
-        parameters={"probe_rank": rank, "probe_parameters": peak, "budget": layers.budget},
+        parameters={"probe_rank": rank, "probe_parameters": peak, "budget": layers.budget, **proposal},
         figures={
             "sensitivity": plots.module_heatmap(sensitivity, title="Sensitivity ψ", label="ψ", limits=(0, 1)),
             "loss": plots.loss_curve([(step, loss) for step, loss, _ in curve], title="Probe"),
@@ -101,6 +106,7 @@ def calibrate(config: RunConfig, folder: Path) -> StageResult:
         summary={
             "data": _describe(setting.data),
             "probe": f"rank {rank} on {len(ranks)} modules, {peak:,} parameters, {config.probe_steps} steps",
+            **({"learning rate": f"{proposal['learning_rate']:.2g} proposed"} if proposal else {}),
             "most sensitive": ", ".join(sorted(sensitivity, key=lambda name: -sensitivity[name])[:3]),
         },
     )

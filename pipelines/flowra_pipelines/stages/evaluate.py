@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flowra_adapters import attach, load_adapter
+from flowra_pipelines.learning_rate import with_learning_rate
 from flowra_pipelines.progress import meter
 from flowra_pipelines.run_config import RunConfig
 from flowra_pipelines.stages.record import StageResult, read_record
@@ -50,6 +51,7 @@ class Row:
 
 def evaluate(config: RunConfig, folder: Path) -> StageResult:
     """Score the final adapter and the baselines; write ``metrics.json`` and per-example ``scores.safetensors``."""
+    config = with_learning_rate(config, folder.parent)
     setting = load_setting(config)
     rows: dict[str, Row] = {}
     scores: dict[str, Scores] = {}

@@ -8,6 +8,7 @@ from flowra_adapters import attach, load_adapter
 from flowra_allocation import RankHistory, RefinementSchedule, Refiner, mean_rank, read_plan
 from flowra_allocation.trainer_callback import RefinementCallback
 from flowra_pipelines import plots
+from flowra_pipelines.learning_rate import with_learning_rate
 from flowra_pipelines.run_config import RunConfig
 from flowra_pipelines.stages.phase import phase_metrics, resume_phase, save_phase
 from flowra_pipelines.stages.record import StageResult
@@ -19,6 +20,7 @@ __all__ = ["refine"]
 
 def refine(config: RunConfig, folder: Path) -> StageResult:
     """Train to the end while rank moves; write ``adapter/``, the training state and ``rank_history.json``."""
+    config = with_learning_rate(config, folder.parent)
     setting = load_setting(config)
     model = base_model(config, setting)
     trained = folder.parent / "train"

@@ -9,6 +9,7 @@ from flowra_adapters import load_adapter
 from flowra_allocation import flow_spectrum, read_plan, rebase, truncate
 from flowra_pipelines import plots
 from flowra_pipelines.errors import UserError
+from flowra_pipelines.learning_rate import with_learning_rate
 from flowra_pipelines.run_config import RunConfig
 from flowra_pipelines.stages.calibrate import read_grams
 from flowra_pipelines.stages.phase import phase_metrics, resume_phase, save_phase
@@ -21,6 +22,7 @@ __all__ = ["train"]
 
 def train(config: RunConfig, folder: Path) -> StageResult:
     """Cut the probe to the plan, train on, and write ``adapter/`` and the training state."""
+    config = with_learning_rate(config, folder.parent)
     setting = load_setting(config)
     model = base_model(config, setting)
     calibrated = folder.parent / "calibrate"

@@ -8,6 +8,7 @@ from pathlib import Path
 from flowra_adapters import load_adapter
 from flowra_allocation import flow_spectrum
 from flowra_analysis import read_profile
+from flowra_pipelines.learning_rate import with_learning_rate
 from flowra_pipelines.report import profile_report
 from flowra_pipelines.run_config import RunConfig
 from flowra_pipelines.stages.calibrate import read_grams
@@ -21,6 +22,7 @@ __all__ = ["validate"]
 
 def validate(config: RunConfig, folder: Path) -> StageResult:
     """Do the ablations of the run's probe; write ``validation.json`` and ``report.html``."""
+    config = with_learning_rate(config, folder.parent)
     setting = load_setting(config)
     calibrated = folder.parent / "calibrate"
     profile = read_profile(calibrated)

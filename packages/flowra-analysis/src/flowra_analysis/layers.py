@@ -178,8 +178,8 @@ def _conv_patches(module: _ConvNd, x: Tensor) -> Tensor:
 
 def _transposed_patches(module: _ConvNd, g: Tensor, sizes: torch.Size) -> Tensor:
     """Return the output gradient that each input position of a transposed convolution reaches, ``(N, T, C·kernel)``."""
-    padding = [int(side) for side in reversed(module.padding) for _ in ("before", "after")]
-    return _patches(module, F.pad(g, padding), sizes)
+    sides: list[int] = [side for each in reversed(module.padding) for side in (each, each)]  # type: ignore[misc]
+    return _patches(module, F.pad(g, sides), sizes)
 
 
 def _patches(module: _ConvNd, values: Tensor, sizes: torch.Size | None = None) -> Tensor:

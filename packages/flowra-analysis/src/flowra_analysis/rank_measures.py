@@ -186,7 +186,8 @@ def weight_spectrum(weight: Tensor) -> Tensor:
         spectrum: Tensor = torch.linalg.svdvals(weight.detach().to(torch.promote_types(weight.dtype, torch.float32)))
         return spectrum
     tall = weight.detach().double() if weight.shape[0] >= weight.shape[1] else weight.detach().double().T
-    return torch.linalg.eigvalsh(tall.T @ tall).flip(0).clamp(min=0).sqrt()
+    values: Tensor = torch.linalg.eigvalsh(tall.T @ tall)
+    return values.flip(0).clamp(min=0).sqrt()
 
 
 def leading_weight_spectrum(weight: Tensor, *, size: int = 128, seed: int = 0) -> tuple[Tensor, float]:
