@@ -5,10 +5,10 @@ python benchmarks/bench_analysis.py [--rounds N]
 The statistics are those that the stage calibrate takes of a trained probe: "default" is what it takes when it is not
 told otherwise, rank measures of weights and updates included; "everything" adds the K-FAC gradient spectrum, the
 diagonal Fisher, exact second moments of all inputs, and on 16 of the examples the Jacobians of all blocks, the largest
-Hessian eigenvalue and the Hessian trace over the adapters. The plain pass is forward and backward of the base model with all its
-parameters learning, as it comes from ``from_pretrained``; beside it, without a bar, a pass of the frozen base, which
-computes no gradient of a weight. All are interleaved in one process; a figure is the median over rounds of the ratio
-within the round. Peak memory is that of a fresh process for each, against five training steps of LoRA r = 8.
+Hessian eigenvalue and the Hessian trace over the adapters. The plain pass is forward and backward of the base model
+with all its parameters learning, as it comes from ``from_pretrained``; beside it, without a bar, a pass of the frozen
+base, which computes no gradient of a weight. All are interleaved in one process; a figure is the median over rounds of
+the ratio within the round. Peak memory is that of a fresh process for each, against five training steps of LoRA r = 8.
 
 Cost in examples and in layers is measured on Llama-shaped models and drawn in ``docs/results/analysis.png``.
 """

@@ -79,7 +79,7 @@ def test_values_and_gradients_equal_the_composed_ones(
 
 
 @KINDS
-@pytest.mark.parametrize("rows", [3, 6], ids=["added", "folded"])
+@pytest.mark.parametrize("rows", [3, 12], ids=["added", "folded"])
 def test_first_and_second_derivatives_are_right(build: Layer, rows: int, fused_calls: list[nn.Module]) -> None:
     model, one = adapted(build)
 
@@ -109,7 +109,7 @@ def test_the_graph_of_the_base_layer_is_not_kept(fused_calls: list[nn.Module]) -
     model, _ = adapted()
     output = model(inputs(3))
     assert type(output.grad_fn).__name__.startswith("_FusedUpdate")
-    assert type(model(inputs(6)).grad_fn).__name__.startswith("_FoldedUpdate")
+    assert type(model(inputs(12)).grad_fn).__name__.startswith("_FoldedUpdate")
     assert len(fused_calls) == 2
 
 
@@ -120,14 +120,14 @@ def test_the_weight_is_folded_where_rows_outnumber_its_own_and_is_itself_again_a
     count(monkeypatch, "folded_update", folded)
     model, _ = adapted()
     weight = model[0].weight
-    for rows, expected in ((4, 0), (5, 1)):  # 2 m n = 40, m + n = 9
+    for rows, expected in ((11, 0), (12, 1)):  # 5 m n = 100, m + n = 9
         model(inputs(rows)).sum().backward()
         assert len(folded) == expected
         assert model[0].weight is weight
         assert weight.grad is None
     bias, model[0].bias = model[0].bias, nn.Parameter(torch.zeros(3), requires_grad=False)
     with pytest.raises(RuntimeError):  # the pass breaks off in the layer
-        model(inputs(6))
+        model(inputs(12))
     model[0].bias = bias
     model(inputs(1))
     assert model[0].weight is weight

@@ -1,7 +1,7 @@
 """The FlowProfile, what calibration knows of a model, and its two files: ``profile.json`` and ``profile.safetensors``.
 
-The JSON holds ``format_version``, ``base_parameters``, ``modules``, ``blocks`` and ``provenance``; the spectra are tensors named
-``<kind>/<module name>``. Nothing else is read; equal values give equal bytes.
+The JSON holds ``format_version``, ``base_parameters``, ``modules``, ``blocks`` and ``provenance``; the spectra are
+tensors named ``<kind>/<module name>``. Nothing else is read; equal values give equal bytes.
 """
 
 import json
