@@ -16,11 +16,13 @@ Cost in examples and in layers is measured on Llama-shaped models and drawn in `
 import argparse
 import gc
 import json
+import math
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -34,10 +36,15 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import flowra_adapters
+from flowra_allocation import BottleneckGram
 from flowra_analysis import (
+    KFAC,
     ActivationSpectra,
     DiagonalFisher,
+    EmpiricalFisher,
+    GradientSpectra,
     HessianProducts,
+    Signals,
     block_jacobians,
     find_blocks,
     hutchinson_trace,
@@ -128,7 +135,7 @@ def minilm(*, examples: int = 128, size: int = 16) -> Subject:
 
 
 def smollm2(
-    *, examples: int = 128, size: int = 4, layers: int = 30, dtype: torch.dtype = torch.float32, tokens: int = 128
+    *, examples: int = 128, size: int = 16, layers: int = 30, dtype: torch.dtype = torch.float32, tokens: int = 32
 ) -> Subject:
     """Return a decoder of SmolLM2-135M's shape (random weights: only shapes count here)."""
     config = transformers.LlamaConfig(
@@ -161,8 +168,8 @@ def _batches(examples: int, size: int, tokens: int, vocabulary: int, *, language
 
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     "MiniLM-L6, 128 × 64 tokens": minilm,
-    "SmolLM2-135M, 128 × 128 tokens": smollm2,
-    "SmolLM2-135M in bf16, 128 × 128 tokens": lambda: smollm2(dtype=torch.bfloat16),
+    "SmolLM2-135M, 128 × 32 tokens": smollm2,
+    "SmolLM2-135M in bf16, 128 × 32 tokens": lambda: smollm2(dtype=torch.bfloat16),
 }
 
 
@@ -235,12 +242,10 @@ def costs(name: str, *, rounds: int, everything: bool) -> list[Row]:
 def scaling(*, rounds: int) -> list[Row]:
     """Measure how the default statistics' time grows with examples and with layers, less what is there at none."""
     by_examples = {
-        count: _seconds(lambda count=count: smollm2(examples=count, layers=4, tokens=64), rounds)
-        for count in (16, 32, 64, 128)
+        count: _seconds(lambda count=count: smollm2(examples=count, layers=4), rounds) for count in (16, 32, 64, 128)
     }
     by_layers = {
-        count: _seconds(lambda count=count: smollm2(examples=16, layers=count, tokens=64), rounds)
-        for count in (2, 4, 8, 16)
+        count: _seconds(lambda count=count: smollm2(examples=16, layers=count), rounds) for count in (2, 4, 8, 16)
     }
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     rows = []
@@ -258,6 +263,50 @@ def scaling(*, rounds: int) -> list[Row]:
     FIGURE.parent.mkdir(exist_ok=True)
     figure.savefig(FIGURE, dpi=120, metadata={"Software": None})
     return rows
+
+
+def components() -> list[Row]:
+    """Measure by which power each statistic's time grows with the width m = n, the tokens and the rank.
+
+    Returns:
+        A row for each; what the power should be (``peer``) counts multiplications.
+    """
+    widths, tokens, ranks = (256, 512, 1024, 2048), (512, 1024, 2048, 4096), (32, 64, 128, 256)
+    rows = []
+    for name, (begun, by_width) in {
+        "Fisher trace by ghost norms": (EmpiricalFisher.init(), 1),
+        "gradient sketch": (GradientSpectra.init(size=16), 1),
+        "diagonal Fisher": (DiagonalFisher.init(), 2),
+        "K-FAC factors": (KFAC.init(), 2),
+    }.items():
+        by = {width: _fastest(partial(begun.update, "", _signals(width, 512))) for width in widths}
+        rows.append(Row(what=f"{name}: power of the width", ours=_power(by), peer=by_width))
+        by = {count: _fastest(partial(begun.update, "", _signals(256, count))) for count in tokens}
+        rows.append(Row(what=f"{name}: power of the tokens", ours=_power(by), peer=1))
+    z = {rank: torch.randn(4096, rank) for rank in ranks}
+    by = {rank: _fastest(partial(BottleneckGram.of, each, each, examples=64)) for rank, each in z.items()}
+    rows.append(Row(what="bottleneck Grams: power of the rank", ours=_power(by), peer=2))
+    return rows
+
+
+def _signals(width: int, count: int) -> Signals:
+    x, g = (torch.randn(count // 32, 32, width, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    return Signals(x, g)
+
+
+def _power(seconds: dict[int, float]) -> float:
+    """Return the slope of the logarithms."""
+    sizes = [math.log(size) for size in seconds]
+    return _round(statistics.linear_regression(sizes, [math.log(each) for each in seconds.values()]).slope)
+
+
+def _fastest(work: Callable[[], object]) -> float:
+    taken = []
+    for _ in range(7):
+        started = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - started)
+    return min(taken)
 
 
 def _seconds(build: Callable[[], Subject], rounds: int) -> float:
@@ -278,7 +327,7 @@ def _round(value: float) -> float:
 def main() -> None:
     """Measure and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -286,9 +335,10 @@ def main() -> None:
         return
     small, whole, half = SUBJECTS
     rows = costs(small, rounds=arguments.rounds, everything=True)
-    rows += costs(whole, rounds=2, everything=False)
-    rows += costs(half, rounds=2, everything=False)
+    rows += costs(whole, rounds=arguments.rounds, everything=False)
+    rows += costs(half, rounds=arguments.rounds, everything=False)
     rows += scaling(rounds=2)
+    rows += components()
     rows += bench_kfac.rows(rounds=11)
     print(write("analysis", rows, command=f"python benchmarks/bench_analysis.py --rounds {arguments.rounds}"))
 

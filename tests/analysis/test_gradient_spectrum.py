@@ -190,7 +190,7 @@ def test_statistics_bound_the_rank_measures_of_the_gradient(sigma: Tensor) -> No
     for name, measure in (("effective_rank", effective_rank), ("participation_ratio", participation_ratio)):
         low, high = known[f"gradient_{name}"], known[f"gradient_{name}_upper"]
         assert 0.8 * low <= measure(sigma) <= 1.2 * high, name  # the values of a sketch are a little off
-    assert known["gradient_stable_rank"] == pytest.approx(stable_rank(sigma), rel=0.1)
+    assert known["gradient_stable_rank"] == pytest.approx(stable_rank(sigma), rel=0.2)
 
 
 @pytest.mark.parametrize("rank", [-1, K + 1])

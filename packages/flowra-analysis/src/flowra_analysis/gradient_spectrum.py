@@ -117,7 +117,7 @@ class GradientSketch:
 
     >>> _ = torch.manual_seed(0)
     >>> x, g = torch.randn(8, 5, 2) @ torch.randn(2, 40), torch.randn(8, 5, 30)  # the gradient has rank 2
-    >>> spectrum = GradientSketch.init((30, 40), size=4).update(x, g).finalise()
+    >>> spectrum = GradientSketch.init((30, 40), size=4).update(Signals(x, g)).finalise()
     >>> exact = torch.linalg.svdvals(torch.einsum("ntm,ntk->mk", g, x) / 8)
     >>> torch.allclose(spectrum.singular_values[:2].float(), exact[:2], rtol=1e-3)
     True
