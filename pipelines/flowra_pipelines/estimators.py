@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from itertools import accumulate
 from types import MappingProxyType
 from typing import Any, Literal, Self
 
@@ -296,9 +297,18 @@ def _measured(
 def _found(parts: Sequence[Any], spectra: Callable[[Any], dict[str, Tensor]]) -> Found:
     """Merge the batches: all of them, and all but each one."""
     whole = spectra(_merged(parts))
-    rest = [[*parts[:out], *parts[out + 1 :]] for out in range(len(parts))] if len(parts) > 1 else []
-    replicates = tuple(_first(spectra(_merged(each))) for each in rest)
+    replicates = tuple(_first(spectra(each)) for each in _all_but_one(parts))
     return Found(_first(whole), whole if any(len(each) > 1 for each in whole.values()) else None, replicates)
+
+
+def _all_but_one(parts: Sequence[Any]) -> list[Any]:
+    """Merge all states but the first, all but the second, …: those before each with those after it."""
+    if len(parts) < 2:
+        return []
+    before = list(accumulate(parts, _merge))
+    after = list(accumulate(reversed(parts), lambda later, earlier: _merge(earlier, later)))[::-1]
+    inner = [_merge(before[index - 1], after[index + 1]) for index in range(1, len(parts) - 1)]
+    return [after[1], *inner, before[-2]]
 
 
 def _found_kfac(factors: KFAC, gradients: MeanGradients, sketches: Sequence[GradientSpectra]) -> Found:
@@ -327,7 +337,11 @@ def _found_kfac(factors: KFAC, gradients: MeanGradients, sketches: Sequence[Grad
 
 
 def _merged(parts: Sequence[Any]) -> Any:  # noqa: ANN401 - states of one kind
-    return reduce(lambda ours, theirs: ours.merge(theirs), parts)
+    return reduce(_merge, parts)
+
+
+def _merge(ours: Any, theirs: Any) -> Any:  # noqa: ANN401 - states of one kind
+    return ours.merge(theirs)
 
 
 def _first(spectra: Mapping[str, Tensor]) -> Values:

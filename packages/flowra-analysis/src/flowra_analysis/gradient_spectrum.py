@@ -208,11 +208,15 @@ class GradientSketch:
                 return values
             return values.new_zeros(len(values), n).index_copy_(1, signals.columns, values)
 
+        left = rows(torch.cat([upsilon, theta, phi]))  # few wide products are faster than many narrow ones
+        right = columns(torch.cat([omega, psi]))
+        k, outer = self.size, self.size + NUM_CHECKS
+        products = spread(left[:, :outer].T @ tokens)
         seen = Sums(
-            corange=spread(rows(upsilon).T @ tokens),
-            range=(g.mT @ columns(omega).unflatten(0, (signals.groups, -1))).flatten(0, 1),
-            core=rows(phi).T @ columns(psi),
-            check=spread(rows(theta).T @ tokens),
+            corange=products[:k],
+            range=(g.mT @ right[:, :k].unflatten(0, (signals.groups, -1))).flatten(0, 1),
+            core=left[:, outer:].T @ right[:, k:],
+            check=products[k:],
         )
         if not torch.stack([each.sum() for each in seen]).isfinite().all():
             raise ValueError(
