@@ -117,7 +117,7 @@ def test_calibrate_validates_its_estimators_draws_them_and_does_it_once(
     content = json.loads((run / "validate" / "validation.json").read_text())
     assert {"probe", "fisher", "gradient", "magnitude"} == set(content["estimators"])
     assert len(content["ablations"]["alone"]) == 1
-    assert "leave" in (run / "validate" / "report.html").read_text()
+    assert "Against ablations" in (run / "validate" / "report.html").read_text()
     assert "<svg" in (run / "calibrate" / "report.html").read_text()
     code, shown, _ = here("calibrate", str(config_file), "--validate", *wanted)
     assert (code, shown.count("reusing its artifacts")) == (0, 2)
