@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from flowra_analysis.empirical_fisher import Estimate
 from flowra_analysis.jacobian_products import ROUNDING, JacobianProducts, inner_products
 from flowra_analysis.layers import is_measurable_layer
-from flowra_analysis.per_example_signals import Batch, _evaluation
+from flowra_analysis.per_example_signals import Batch, evaluation_mode
 from flowra_analysis.power_iteration import power_iteration
 from flowra_analysis.trace_estimators import squared_jacobian_norms
 
@@ -269,7 +269,7 @@ def per_example_jacobian_norms(
     for index, batch in enumerate(batches):
         batch_seed = int(torch.randint(2**62, (), generator=generator))
         real = None if mask is None else mask(batch)
-        with _evaluation(model):
+        with evaluation_mode(model):
             with _calls(blocks) as calls, torch.no_grad():
                 run(model, batch)
             norms: dict[str, JacobianNorms] = {}

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from flowra_analysis.empirical_fisher import EmpiricalFisher, Estimate, Moments
+from flowra_analysis.empirical_fisher import EmpiricalFisher, Estimate, moments_of
 from flowra_analysis.layer_signals import Signals
 
 __all__ = ["DiagonalFisher", "FisherDiagonal"]
@@ -105,21 +105,13 @@ class DiagonalFisher:
         if old is not None and old.shape != shape:
             raise ValueError(f"signals must fit sums {tuple(old.shape)}, got {shape} for {name!r}{where}")
         sums, norms = _squares(signals, self.reduction)
-        if not torch.isfinite(norms).all():
-            example = int((~torch.isfinite(norms)).nonzero()[0])
-            raise ValueError(
-                f"squared gradient norm must be finite, got {float(norms[example])} for {name!r}{where}, example"
-                f" {example}. Check the loss and the inputs of this batch, or compute in a wider dtype."
-            )
-        if not len(norms):
+        if (new := moments_of(norms, name, batch=batch)) is None:
             return self
         if signals.columns is not None and self.reduction != "rows":
             old = sums.new_zeros(shape) if old is None else old
             total = old.index_add(-1, signals.columns, sums)
         else:
             total = sums if old is None else old + sums
-        mean = norms.mean()
-        new = Moments(len(norms), float(mean), float((norms - mean).square().sum()))
         return replace(
             self,
             sums={**self.sums, name: total},

@@ -72,17 +72,8 @@ class EmpiricalFisher:
         x, g = signals.by_group()
         norms = squared_gradient_norms(x.flatten(0, 1), g.flatten(0, 1))
         values = norms.view(signals.groups, -1).double().sum(0)
-        if not torch.isfinite(values).all():
-            example = int((~torch.isfinite(values)).nonzero()[0])
-            where = "" if batch is None else f", batch {batch}"
-            raise ValueError(
-                f"squared gradient norm must be finite, got {float(values[example])} for {name!r}{where}, example"
-                f" {example}. Check the loss and the inputs of this batch, or compute in a wider dtype."
-            )
-        if not len(values):
+        if (new := moments_of(values, name, batch=batch)) is None:
             return self
-        mean = values.mean()
-        new = Moments(len(values), float(mean), float((values - mean).square().sum()))
         old = self.moments.get(name)
         return EmpiricalFisher(moments={**self.moments, name: _combine(old, new) if old else new})
 
@@ -106,6 +97,25 @@ class EmpiricalFisher:
             name: Estimate(mean, math.sqrt(squares / (num - 1) / num))
             for name, (num, mean, squares) in self.moments.items()
         }
+
+
+def moments_of(norms: Tensor, name: str, *, batch: int | None) -> Moments | None:
+    """Return the moments of each example's squared gradient norm ``(N,)``, or None where there is no example.
+
+    Raises:
+        ValueError: if one is NaN or infinite.
+    """
+    if not torch.isfinite(norms).all():
+        example = int((~torch.isfinite(norms)).nonzero()[0])
+        where = "" if batch is None else f", batch {batch}"
+        raise ValueError(
+            f"squared gradient norm must be finite, got {float(norms[example])} for {name!r}{where}, example"
+            f" {example}. Check the loss and the inputs of this batch, or compute in a wider dtype."
+        )
+    if not len(norms):
+        return None
+    mean = norms.mean()
+    return Moments(len(norms), float(mean), float((norms - mean).square().sum()))
 
 
 def squared_gradient_norms(x: Tensor, g: Tensor) -> Tensor:

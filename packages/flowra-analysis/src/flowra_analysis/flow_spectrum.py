@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from flowra_analysis.gradient_spectrum import GradientSketch, GradientSpectrum
+from flowra_analysis.gradient_spectrum import GradientSketch, GradientSpectrum, begun_sketch
 from flowra_analysis.kfac import KFAC
 from flowra_analysis.kronecker_factors import DampedFactors, KroneckerFactors, by_group
 from flowra_analysis.layer_signals import Signals
@@ -287,12 +287,8 @@ class MeanGradients:
         shape, device = signals.weight_shape, signals.g.device
         if math.prod(shape) <= self.dense_limit:
             return GradientSum(num_examples=0, sum=torch.zeros(shape, dtype=dtype, device=device))
-        for known in self.gradients.values():
-            if isinstance(known, GradientSketch) and known.shape == shape:
-                omega = known.probes.omega
-                if (omega.dtype, omega.device) == (dtype, device):
-                    return known.emptied()
-        return GradientSketch.init(shape, size=self.size, seed=self.seed, dtype=dtype, device=device)
+        known = (each for each in self.gradients.values() if isinstance(each, GradientSketch))
+        return begun_sketch(known, signals, size=self.size, seed=self.seed)
 
 
 def kfac_gradient_spectra(

@@ -313,7 +313,9 @@ class GradientSpectra:
         Raises:
             ValueError: if the shapes do not fit, or the sketch is then not finite.
         """
-        sketch = self.sketches.get(name) or self._begin(signals)
+        sketch = self.sketches.get(name)
+        if sketch is None:
+            sketch = begun_sketch(self.sketches.values(), signals, size=self.size, seed=self.seed)
         try:
             return replace(self, sketches={**self.sketches, name: sketch.update(signals)})
         except ValueError as error:
@@ -345,15 +347,16 @@ class GradientSpectra:
             raise ValueError("batches must hold at least one example, got none")
         return {name: sketch.finalise() for name, sketch in self.sketches.items()}
 
-    def _begin(self, signals: Signals) -> GradientSketch:
-        """Return an empty sketch, with the probes of another of its shape where there is one."""
-        dtype = torch.promote_types(torch.promote_types(signals.x.dtype, signals.g.dtype), torch.float32)
-        shape, device = signals.weight_shape, signals.g.device
-        for sketch in self.sketches.values():
-            omega = sketch.probes.omega
-            if (sketch.shape, omega.dtype, omega.device) == (shape, dtype, device):
-                return sketch.emptied()
-        return GradientSketch.init(shape, size=self.size, seed=self.seed, dtype=dtype, device=device)
+
+def begun_sketch(known: Iterable[GradientSketch], signals: Signals, *, size: int, seed: int) -> GradientSketch:
+    """Return an empty sketch for these signals, with the probes of a known one of its shape where there is one."""
+    dtype = torch.promote_types(torch.promote_types(signals.x.dtype, signals.g.dtype), torch.float32)
+    shape, device = signals.weight_shape, signals.g.device
+    for sketch in known:
+        omega = sketch.probes.omega
+        if (sketch.shape, omega.dtype, omega.device) == (shape, dtype, device):
+            return sketch.emptied()
+    return GradientSketch.init(shape, size=size, seed=seed, dtype=dtype, device=device)
 
 
 def gradient_spectra(

@@ -9,15 +9,14 @@ F = 1/N Σ_n g_n g_nᵀ of the examples' own gradients needs one derivative only
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flowra_analysis.per_example_signals import Batch
+from flowra_analysis.per_example_signals import Batch, evaluation_mode
 
 __all__ = [
     "Eigenvalue",
@@ -65,7 +64,7 @@ class HessianProducts:
                 not finite, or a layer on the way can not be differentiated twice.
         """
         self._parameters = list(parameters.values())
-        with _evaluation(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with evaluation_mode(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             losses = _losses(model, batch, per_example_loss, parameters)
             self.num_examples = len(losses)
             self._gradients = _gradients(losses.mean(), parameters, create_graph=True)
@@ -120,7 +119,7 @@ def per_example_gradients(
 
     Source: docs/methods.md, section 2.
     """
-    with _evaluation(model), torch.enable_grad():
+    with evaluation_mode(model), torch.enable_grad():
         losses = _losses(model, batch, per_example_loss, parameters)
         return torch.stack([_flat(_gradients(loss, parameters, create_graph=False)) for loss in losses])
 
@@ -136,7 +135,7 @@ def mean_gradient(
     Raises:
         ValueError: if a parameter does not take part, or the losses are not ``(N,)``.
     """
-    with _evaluation(model), torch.enable_grad():
+    with evaluation_mode(model), torch.enable_grad():
         losses = _losses(model, batch, per_example_loss, parameters)
         return _flat(_gradients(losses.mean(), parameters, create_graph=False))
 
@@ -298,15 +297,3 @@ def _like(v: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     if v.shape != (sum(sizes),):
         raise ValueError(f"v must have shape ({sum(sizes)},), the parameters laid end to end, got {tuple(v.shape)}")
     return [piece.view_as(p).to(p) for piece, p in zip(v.split(sizes), parameters, strict=True)]
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode, and each module back in its own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

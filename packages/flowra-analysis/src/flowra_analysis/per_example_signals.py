@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from flowra_analysis.layer_signals import Signals, dense, join, layer_signals
 from flowra_analysis.layers import measurable_modules, stores_transpose
 
-__all__ = ["Batch", "per_example_signals"]
+__all__ = ["Batch", "evaluation_mode", "per_example_signals"]
 
 Batch = TypeVar("Batch")
 
@@ -59,7 +59,7 @@ def per_example_signals(
     """
     modules = measurable_modules(model, module_names)
     for index, batch in enumerate(batches):
-        with _evaluation(model), torch.enable_grad():
+        with evaluation_mode(model), torch.enable_grad():
             real = None if mask is None else mask(batch)
             if real is not None and real.ndim == 2 and bool(real.all()):
                 real = None  # no padding: nothing to leave out
@@ -119,7 +119,7 @@ def _joined(modules: Mapping[str, nn.Module], signals: Mapping[str, Signals]) ->
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put the model in eval mode, and each module back in its own mode afterwards."""
     modes = {module: module.training for module in model.modules()}
     try:
