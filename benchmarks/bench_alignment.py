@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from flowra_adapters import attach
-from flowra_allocation import RefinementSchedule, Refiner
+from flowra_allocation import Breathe, RefinementSchedule, Refiner
 from flowra_analysis import AlignmentHistory, PhaseSummary, per_example_signals, subspace_alignment
 from flowra_analysis.subspace_alignment import MEASURES, PHASES
 from flowra_pipelines.run_config import RunConfig
@@ -89,7 +89,9 @@ def ours(model: nn.Module, names: Sequence[str], heads: Sequence[str], events: S
         costs=costs,
         caps={name: min(8 * RANK, *layer.delta_weight().shape) for name, layer in layers.items()},
         budget=RANK * sum(costs.values()),
-        schedule=RefinementSchedule(start=2 * events[0] - events[1], freeze=events[-1], events=len(events)),
+        policy=Breathe(
+            schedule=RefinementSchedule(start=2 * events[0] - events[1], freeze=events[-1], events=len(events))
+        ),
     )
     return Method(
         layers={name: name for name in names},

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
-from flowra_allocation import BottleneckObserver, RankEvent, RankHistory, RefinementSchedule, Refiner
+from flowra_allocation import BottleneckObserver, Breathe, RankEvent, RankHistory, RefinementSchedule, Refiner
 from flowra_allocation.trainer_callback import RefinementCallback
 from flowra_testing.stand_in_adapter import StandInAdapter, hang
 from flowra_testing.tiny_models import batch, bert_classifier, mlp, seeded
 
 RANKS = {"up": 2, "down": 2, "skip": 1}
-SCHEDULE = RefinementSchedule(start=2, freeze=14, events=4, share=0.2, observe=2)
+SCHEDULE = RefinementSchedule(start=2, freeze=14, events=4, observe=2)
+SHARE = 0.2
 
 
 # Schedule.
@@ -39,12 +40,16 @@ def test_events_are_evenly_spaced_and_the_last_is_the_freeze(
     assert RefinementSchedule(start=start, freeze=freeze, events=events).steps == steps
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"events": 0}, {"observe": 0}, {"share": 0.0}, {"share": 1.0}, {"share": -0.1}, {"share": float("nan")}]
-)
+@pytest.mark.parametrize("wrong", [{"events": 0}, {"observe": 0}, {"events": -1}])
 def test_a_schedule_out_of_range_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"schedule must have events ≥ \d, observe ≥ 1 and share in \(0, 1\), got"):
+    with pytest.raises(ValueError, match="schedule must have events ≥ 1 and observe ≥ 1, got"):
         RefinementSchedule(**{"start": 0, "freeze": 100, **wrong})
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, float("nan")])
+def test_a_share_out_of_range_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match=r"share must be in \(0, 1\), got"):
+        Breathe(schedule=SCHEDULE, share=share)
 
 
 @pytest.mark.parametrize(("start", "freeze", "events"), [(0, 3, 4), (5, 5, 2), (9, 5, 2), (-1, 9, 2), (0, 0, 2)])
@@ -53,9 +58,9 @@ def test_a_schedule_without_room_for_its_events_is_refused(start: int, freeze: i
         RefinementSchedule(start=start, freeze=freeze, events=events)
 
 
-def test_a_schedule_of_one_event_is_refused_since_the_last_event_admits_nothing() -> None:
-    with pytest.raises(ValueError, match="schedule must"):
-        RefinementSchedule(start=0, freeze=10, events=1)
+def test_breathing_once_is_refused_since_the_last_event_admits_nothing() -> None:
+    with pytest.raises(ValueError, match="events must be ≥ 2, for the last admits nothing, got 1"):
+        Breathe(schedule=RefinementSchedule(start=0, freeze=10, events=1))
 
 
 # Refiner.
@@ -69,6 +74,7 @@ class Run:
         ranks: Mapping[str, int] = RANKS,
         schedule: RefinementSchedule = SCHEDULE,
         *,
+        share: float = SHARE,
         spare: int = 0,
         caps: Mapping[str, int] | None = None,
         train_head: bool = False,
@@ -85,7 +91,7 @@ class Run:
             costs=self.costs,
             caps=caps or {name: min(layer.lora_A.shape[1], len(layer.lora_B)) for name, layer in self.layers.items()},
             budget=self.budget,
-            schedule=schedule,
+            policy=Breathe(schedule=schedule, share=share),
         )
         with seeded(1):
             self.x, self.target = torch.randn(16, 8), torch.randn(16, 3)
@@ -114,7 +120,7 @@ def test_events_fire_at_the_steps_of_the_schedule_and_ranks_move_and_freeze() ->
     assert tuple(event.step for event in history.events) == SCHEDULE.steps
     assert history.initial == RANKS
     assert any(event.ranks != RANKS for event in history.events)
-    assert history.events[-1].admitted == ()
+    assert history.events[-1].admitted == {}
     frozen = run.ranks()
     assert history.events[-1].ranks == frozen
     for _ in range(5):
@@ -136,7 +142,7 @@ def test_the_budget_holds_at_every_event(spare: int) -> None:
             assert rank == previous[name] - event.dropped.get(name, 0) + (name in event.admitted)
         if event.step != SCHEDULE.freeze:
             admitted = sum(run.costs[name] for name in event.admitted)
-            assert event.parameters - admitted <= run.budget * (1 - SCHEDULE.share)
+            assert event.parameters - admitted <= run.budget * (1 - SHARE)
         previous = event.ranks
 
 
@@ -206,10 +212,12 @@ def test_two_runs_are_equal_bit_by_bit() -> None:
 def test_the_history_is_plain_json() -> None:
     history = Run().train(14)
     content = json.loads(json.dumps(history.as_json(), allow_nan=False))
-    assert content["format_version"] == 1
+    assert content["format_version"] == 2
     assert content["initial"] == RANKS
     assert [event["step"] for event in content["events"]] == list(SCHEDULE.steps)
-    assert content["schedule"] == {"start": 2, "freeze": 14, "events": 4, "share": 0.2, "observe": 2}
+    assert content["policy"] == "breathe"
+    assert content["settings"] == {"start": 2, "freeze": 14, "events": 4, "share": 0.2, "observe": 2}
+    assert content["steps"] == list(SCHEDULE.steps)
     assert content["seconds"] > 0
 
 
@@ -229,37 +237,37 @@ def test_a_run_that_stopped_early_leaves_no_observer_behind() -> None:
 
 def test_a_refinement_that_never_moved_is_an_error() -> None:
     # so little changes hands that no unit has to leave, and none fits
-    run = Run(spare=6, schedule=dataclasses.replace(SCHEDULE, share=0.01))
+    run = Run(spare=6, share=0.01)
     with pytest.raises(ValueError, match="refinement must move rank, got no move in any event"):
         run.train(14)
 
 
 def test_an_event_without_statistics_is_an_error() -> None:
     run = Run()
-    with pytest.raises(ValueError, match=r"before_step must be called on the steps before .*, got an event at step 5"):
+    with pytest.raises(ValueError, match=r"before_step must be called before each step, got an event at step 5"):
         run.refiner.after_step(5, run.optimizer)
 
 
 def test_names_that_differ_are_refused() -> None:
     run = Run()
     with pytest.raises(
-        ValueError, match=r"costs and caps must name the layers, got \['down', 'skip', 'up'\], \['up'\]"
+        ValueError, match=r"costs, caps and averages must name the layers, got \['down', 'skip', 'up'\], \['up'\]"
     ):
-        Refiner(run.model, run.layers, costs={"up": 20}, caps={"up": 4}, budget=1000, schedule=SCHEDULE)
+        Refiner(run.model, run.layers, costs={"up": 20}, caps={"up": 4}, budget=1000, policy=Breathe(schedule=SCHEDULE))
 
 
 def test_ranks_above_the_budget_are_refused() -> None:
     run = Run()
     with pytest.raises(ValueError, match=rf"ranks must fit the budget of 5 parameters, got {run.budget}"):
-        Refiner(run.model, run.layers, costs=run.costs, caps=RANKS, budget=5, schedule=SCHEDULE)
+        Refiner(run.model, run.layers, costs=run.costs, caps=RANKS, budget=5, policy=Breathe(schedule=SCHEDULE))
 
 
 def test_a_layer_that_the_loss_does_not_reach_is_the_first_to_give_its_rank_away() -> None:
     model = nn.ModuleDict({"used": nn.Linear(8, 6), "unused": nn.Linear(8, 6)})
     layers = hang(model, {"used": 2, "unused": 1})
     costs = dict.fromkeys(layers, 14)
-    schedule = RefinementSchedule(start=0, freeze=4, events=2, share=0.4, observe=1)
-    refiner = Refiner(model, layers, costs=costs, caps=dict.fromkeys(layers, 6), budget=42, schedule=schedule)
+    policy = Breathe(schedule=RefinementSchedule(start=0, freeze=4, events=2, observe=1), share=0.4)
+    refiner = Refiner(model, layers, costs=costs, caps=dict.fromkeys(layers, 6), budget=42, policy=policy)
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=0.02)
     x = torch.randn(9, 8)
     for step in range(4):
@@ -319,7 +327,7 @@ class Trained:
     watch: Watch
 
 
-TRAINER_SCHEDULE = RefinementSchedule(start=2, freeze=10, events=4, share=0.2, observe=2)
+TRAINER_SCHEDULE = RefinementSchedule(start=2, freeze=10, events=4, observe=2)
 
 
 def prepare(
@@ -340,7 +348,7 @@ def prepare(
         costs=costs,
         caps=dict.fromkeys(layers, 8),
         budget=sum(costs[name] * layer.rank for name, layer in layers.items()) + 40,
-        schedule=schedule,
+        policy=Breathe(schedule=schedule, share=SHARE),
     )
     watch = Watch(layers)
     settings = {
@@ -421,7 +429,7 @@ def test_a_schedule_that_cannot_fire_is_an_error_before_training_starts(tmp_path
 
 
 def test_steps_of_an_earlier_stage_count(tmp_path: Path) -> None:
-    schedule = RefinementSchedule(start=102, freeze=110, events=4, share=0.2, observe=2)
+    schedule = RefinementSchedule(start=102, freeze=110, events=4, observe=2)
     run = prepare(tmp_path, schedule, first_step=100)
     run.trainer.train()
     assert tuple(event.step for event in run.refiner.history.events) == schedule.steps

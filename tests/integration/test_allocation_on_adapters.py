@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 from flowra_adapters import LoRA, attach, merge
-from flowra_allocation import BottleneckObserver, RefinementSchedule, Refiner, balance, grow, keep, rebase
+from flowra_allocation import BottleneckObserver, Breathe, RefinementSchedule, Refiner, balance, grow, keep, rebase
 from flowra_allocation.trainer_callback import RefinementCallback
 from flowra_testing.explicit_grams import assert_same, explicit, losses
 from flowra_testing.stand_in_adapter import hang
@@ -204,7 +204,7 @@ def test_a_frozen_adapter_stays_frozen(operation: str) -> None:
 
 # Refinement.
 
-SCHEDULE = RefinementSchedule(start=2, freeze=14, events=4, share=0.2, observe=2)
+SCHEDULE = RefinementSchedule(start=2, freeze=14, events=4, observe=2)
 
 
 def refiner_of(
@@ -213,7 +213,7 @@ def refiner_of(
     costs = {name: layer.cost_per_rank for name, layer in layers.items()}
     caps = {name: min(layer.delta_weight().shape) for name, layer in layers.items()}
     budget = sum(costs[name] * layer.rank for name, layer in layers.items()) + spare
-    return Refiner(model, layers, costs=costs, caps=caps, budget=budget, schedule=schedule)
+    return Refiner(model, layers, costs=costs, caps=caps, budget=budget, policy=Breathe(schedule=schedule, share=0.2))
 
 
 @pytest.mark.parametrize("fresh_head", [False, True], ids=["adapters_alone", "with_a_head"])
@@ -251,7 +251,7 @@ def test_refinement_moves_rank_inside_the_budget_and_the_result_merges(
     assert tuple(event.step for event in history.events) == SCHEDULE.steps
     assert any(event.ranks != ranks for event in history.events)
     assert history.events[-1].ranks == {name: layer.rank for name, layer in layers.items()}
-    assert history.events[-1].admitted == ()
+    assert history.events[-1].admitted == {}
     for event in history.events:
         used = sum(layer.cost_per_rank * event.ranks[name] for name, layer in layers.items())
         assert used == event.parameters <= history.budget
@@ -278,7 +278,7 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
 def test_inside_a_trainer_ranks_move_inside_the_budget_and_the_optimiser_follows(tmp_path: Path) -> None:
     model = bert_classifier(training=True)
     layers = attach_lora(model, {"*.query": 2, "*.value": 2, "*.output.dense": 0})
-    schedule = RefinementSchedule(start=2, freeze=10, events=4, share=0.2, observe=2)
+    schedule = RefinementSchedule(start=2, freeze=10, events=4, observe=2)
     refiner = refiner_of(model, layers, spare=40, schedule=schedule)
     ranks = []
 

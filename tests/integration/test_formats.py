@@ -16,7 +16,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from flowra_adapters import AdapterCheckpoint, LoRA, attach, read_checkpoint, save_adapter, write_checkpoint
-from flowra_allocation import RankEvent, RankHistory, RefinementSchedule, allocate, read_plan, write_plan
+from flowra_allocation import RankEvent, RankHistory, allocate, read_plan, write_plan
 from flowra_analysis import FlowProfile, ModuleProfile, read_profile, write_profile
 from flowra_compose import AdapterState, LowRankUpdate, read_adapter, write_adapter
 from flowra_pipelines.run_config import RunConfig, load_config
@@ -227,9 +227,15 @@ def test_a_plan_follows_its_schema(gains: dict[str, list[float]], budget: int, t
 
 
 def test_a_rank_history_follows_its_schema_with_and_without_times() -> None:
-    event = RankEvent(step=4, ranks={"a": 1, "b": 0}, parameters=8, dropped={"b": 1}, admitted=("a",), kkt_gap=None)
+    event = RankEvent(step=4, ranks={"a": 1, "b": 0}, parameters=8, budget=10, dropped={"b": 1}, admitted={"a": 1})
     history = RankHistory(
-        initial={"a": 0, "b": 1}, budget=10, schedule=RefinementSchedule(start=0, freeze=4, events=2), events=[event]
+        initial={"a": 0, "b": 1},
+        budget=10,
+        policy="breathe",
+        settings={"share": 0.1},
+        steps=(4,),
+        peak=8,
+        events=[event],
     )
     content = json.loads(json.dumps(history.as_json()))
     validator("rank_history").validate(content)
@@ -237,7 +243,7 @@ def test_a_rank_history_follows_its_schema_with_and_without_times() -> None:
     validator("rank_history").validate(content)
 
 
-@pytest.mark.parametrize("key", ["initial", "budget", "schedule", "events"])
+@pytest.mark.parametrize("key", ["initial", "budget", "policy", "settings", "steps", "peak", "events"])
 def test_a_rank_history_without_a_key_is_refused(key: str, artifacts: dict[str, Path]) -> None:
     content = load(artifacts["rank_history"])
     del content[key]

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from flowra_adapters import attach
-from flowra_allocation import RefinementSchedule, allocate
+from flowra_allocation import Breathe, RefinementSchedule, allocate
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.run_config import AdapterConfig, RefinementConfig, RunConfig, load_config, read_content
 
@@ -33,11 +33,8 @@ def test_a_minimal_configuration_is_enough() -> None:
 def test_defaults_are_those_of_the_packages() -> None:
     refinement = RefinementConfig()
     schedule = RefinementSchedule(start=0, freeze=100)
-    assert (refinement.events, refinement.share, refinement.observe) == (
-        schedule.events,
-        schedule.share,
-        schedule.observe,
-    )
+    share = Breathe(schedule=schedule).share
+    assert (refinement.events, refinement.share, refinement.observe) == (schedule.events, share, schedule.observe)
     assert inspect.signature(allocate).parameters["sensitivity_threshold"].default == (
         RunConfig.model_fields["sensitivity_threshold"].default
     )

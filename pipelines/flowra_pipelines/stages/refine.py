@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 from flowra_adapters import attach, load_adapter
-from flowra_allocation import RankHistory, RefinementSchedule, Refiner, mean_rank, read_plan
+from flowra_allocation import Breathe, RankHistory, RefinementSchedule, Refiner, mean_rank, read_plan
 from flowra_allocation.trainer_callback import RefinementCallback
 from flowra_pipelines import plots
 from flowra_pipelines.learning_rate import with_learning_rate
@@ -41,12 +41,14 @@ def refine(config: RunConfig, folder: Path) -> StageResult:
             costs={name: costs[name] for name in layers},
             caps={name: min(cap, layer.lora_A.shape[1], layer.lora_B.shape[0]) for name, layer in layers.items()},
             budget=plan.budget,
-            schedule=RefinementSchedule(
-                start=config.refinement_start,
-                freeze=config.refinement_freeze,
-                events=config.refinement.events,
+            policy=Breathe(
+                schedule=RefinementSchedule(
+                    start=config.refinement_start,
+                    freeze=config.refinement_freeze,
+                    events=config.refinement.events,
+                    observe=config.refinement.observe,
+                ),
                 share=config.refinement.share,
-                observe=config.refinement.observe,
             ),
             seed=config.seed,
         )
@@ -79,16 +81,16 @@ def _report(history: RankHistory, result: StageResult, folder: Path) -> None:
     content = history.as_json()
     del content["seconds"]  # files of a run do not depend on the machine's speed
     (folder / "rank_history.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    steps = [history.schedule.start, *(event.step for event in history.events)]
+    steps = [int(history.settings["start"] or 0), *(event.step for event in history.events)]
     ranks = [history.initial, *(event.ranks for event in history.events)]
     result.figures["rank_over_time"] = plots.rank_over_time(steps, ranks)
     for event in history.events:
         result.metrics.append(("refine/parameters", float(event.parameters), event.step))
-        result.metrics.append(("refine/moved_directions", float(len(event.admitted)), event.step))
+        result.metrics.append(("refine/moved_directions", float(sum(event.admitted.values())), event.step))
         if event.kkt_gap is not None:
             result.metrics.append(("refine/kkt_gap", event.kkt_gap, event.step))
     dropped = sum(sum(event.dropped.values()) for event in history.events)
-    admitted = sum(len(event.admitted) for event in history.events)
+    admitted = sum(sum(event.admitted.values()) for event in history.events)
     changed = sum(history.initial[name] != rank for name, rank in history.events[-1].ranks.items())
     result.summary["rank"] = (
         f"{dropped} directions dropped and {admitted} tried in {len(history.events)} events;"

@@ -7,40 +7,49 @@ bottleneck through the small Protocols declared here. ``flowra_allocation.traine
 from importlib.metadata import version
 
 from flowra_allocation.bottleneck_gram import BottleneckGram, FlowSpectrum, balance, flow_spectrum, truncate
-from flowra_allocation.breathe import Moves, breathe
+from flowra_allocation.breathe import Breathe
 from flowra_allocation.budget import parse_budget
 from flowra_allocation.exact import exact
+from flowra_allocation.forms import RefinableLayer, SlottedLayer, TripletLayer
 from flowra_allocation.greedy import greedy
 from flowra_allocation.growth import GradientSketch
 from flowra_allocation.knapsack import Allocation
-from flowra_allocation.observe import BottleneckObserver, ObservableLayer
+from flowra_allocation.observe import BottleneckObserver
+from flowra_allocation.policy import Keep, LayerView, Moves, Policy, Rebasing, Snapshot
+from flowra_allocation.rank_history import RankEvent, RankHistory
 from flowra_allocation.rank_plan import ModulePlan, RankPlan, allocate, mean_rank, read_plan, write_plan
-from flowra_allocation.refinement import RankEvent, RankHistory, RefinableLayer, RefinementSchedule, Refiner
+from flowra_allocation.refinement import Refiner
+from flowra_allocation.schedule import RefinementSchedule
 from flowra_allocation.sensitivity import sensitivity
 from flowra_allocation.solvers import SOLVERS, Solver
-from flowra_allocation.surgery import ResizableLayer, grow, keep, rebase
+from flowra_allocation.surgery import grow, keep, rebase, silence
 
 __all__ = [
     "SOLVERS",
     "Allocation",
     "BottleneckGram",
     "BottleneckObserver",
+    "Breathe",
     "FlowSpectrum",
     "GradientSketch",
+    "Keep",
+    "LayerView",
     "ModulePlan",
     "Moves",
-    "ObservableLayer",
+    "Policy",
     "RankEvent",
     "RankHistory",
     "RankPlan",
+    "Rebasing",
     "RefinableLayer",
     "RefinementSchedule",
     "Refiner",
-    "ResizableLayer",
+    "SlottedLayer",
+    "Snapshot",
     "Solver",
+    "TripletLayer",
     "allocate",
     "balance",
-    "breathe",
     "exact",
     "flow_spectrum",
     "greedy",
@@ -51,6 +60,7 @@ __all__ = [
     "read_plan",
     "rebase",
     "sensitivity",
+    "silence",
     "truncate",
     "write_plan",
 ]

@@ -12,6 +12,7 @@ Nothing of size m², n² or m·n is formed. Conventions: M_A is a mean over toke
 example, averaged over examples, so that modules which see different numbers of tokens are comparable.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,12 @@ class BottleneckGram:
             self.tokens + other.tokens,
             self.examples + other.examples,
         )
+
+    def at(self, directions: Sequence[int]) -> "BottleneckGram":
+        """Return the sums of these directions alone, in this order."""
+        index = torch.tensor(list(directions), dtype=torch.long)
+        activations, gradients = (each[index][:, index] for each in (self.activations, self.gradients))
+        return BottleneckGram(activations, gradients, self.tokens, self.examples)
 
     def decayed(self, decay: float) -> "BottleneckGram":
         """Discount the past by a factor in [0, 1], for an exponential moving average."""

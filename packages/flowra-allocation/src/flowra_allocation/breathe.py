@@ -6,60 +6,114 @@ only if, trained until a later event, they hold their own against everything els
 tried, never who stays. Parameters never exceed the budget, neither finally nor at the peak.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 
-__all__ = ["Moves", "breathe"]
+from flowra_allocation.directions import measure_directions
+from flowra_allocation.policy import Moves, Policy, Snapshot
+from flowra_allocation.schedule import RefinementSchedule
+from flowra_allocation.shedding import shed
+
+__all__ = ["Breathe", "admit"]
+
+FRESH_ROW = 3**-0.5  # the norm of a row of A in a fresh LoRA
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Moves:
-    """What one event does."""
+class Breathe(Policy):
+    """Shrink by flow gains, then grow on probation.
 
-    keep: Mapping[str, int]
-    """Module name to the number of leading directions that stay."""
-    admit: tuple[str, ...]
-    """Modules that gain one direction on probation, best prediction first."""
-    kkt_gap: float
-    """Smallest gain per parameter kept minus largest dropped; ≥ 0, infinite if nothing was dropped or kept."""
+    Raises:
+        ValueError: if the share is out of range, or nothing could ever be tried.
+    """
+
+    name = "breathe"
+    watches = "grams and gradients"
+
+    schedule: RefinementSchedule
+    """When; the last event only shrinks."""
+    share: float = 0.1
+    """Part of the budget that changes hands at an event, in (0, 1)."""
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if not 0 < self.share < 1:
+            raise ValueError(f"share must be in (0, 1), got {self.share}")
+        if self.schedule.events < 2:
+            raise ValueError(f"events must be ≥ 2, for the last admits nothing, got {self.schedule.events}")
+
+    @property
+    def settings(self) -> dict[str, float | str | bool | None]:
+        """Schedule and share."""
+        return {**asdict(self.schedule), "share": self.share}
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Those of the schedule."""
+        return self.schedule.steps
+
+    @property
+    def observe(self) -> int:
+        """That of the schedule."""
+        return self.schedule.observe
+
+    def decide(self, snapshot: Snapshot) -> Moves:
+        """Free a share of the budget, and give it to the modules with the best predictions."""
+        directions = {name: measure_directions(view, "flow") for name, view in snapshot.layers.items()}
+        costs = {name: view.cost for name, view in snapshot.layers.items()}
+        last = snapshot.step == self.schedule.freeze
+        free = 0.0 if last else self.share
+        shedding = shed(
+            {name: each.gains for name, each in directions.items()}, costs, budget=snapshot.budget * (1 - free)
+        )
+        rows = {name: view.growth for name, view in snapshot.layers.items() if view.growth is not None}
+        admitted = (
+            ()
+            if last
+            else admit(
+                {name: energy / 2 for name, (energy, _) in rows.items()},
+                costs,
+                ranks=shedding.keep,
+                caps={name: view.cap for name, view in snapshot.layers.items()},
+                budget=snapshot.budget,
+            )
+        )
+        return Moves(
+            keep={
+                name: directions[name].best(rank)
+                for name, rank in shedding.keep.items()
+                if rank < snapshot.layers[name].rank
+            },
+            admit={name: FRESH_ROW * rows[name][1][None] for name in admitted},
+            importance={name: sum(each.gains) / costs[name] for name, each in directions.items()},
+            kkt_gap=shedding.kkt_gap,
+        )
 
 
-def breathe(
-    gains: Mapping[str, Sequence[float]],
+def admit(
+    predictions: Mapping[str, float],
     costs: Mapping[str, int],
     *,
-    budget: int,
-    share: float,
-    predictions: Mapping[str, float],
+    ranks: Mapping[str, int],
     caps: Mapping[str, int],
-) -> Moves:
-    """Decide one event.
+    budget: int,
+) -> tuple[str, ...]:
+    """Choose the modules that get one direction on probation: the best prediction per parameter first.
 
     Args:
-        gains: module name to flow gains of its present directions, non-increasing; may be empty for a module.
-        costs: module name to parameters per direction.
-        budget: P, in parameters, for the state after the event.
-        share: part of the budget to free for directions on probation, in [0, 1).
         predictions: module name to the predicted gain of one more direction, ≥ 0.
+        costs: module name to parameters per direction.
+        ranks: module name to its present rank.
         caps: module name to its largest rank.
+        budget: parameters allowed afterwards.
 
     Returns:
-        The moves; ties are broken by module name.
+        Module names, best first; ties are broken by name.
     """
-    keep = {name: len(each) for name, each in gains.items()}
-    used = sum(costs[name] * rank for name, rank in keep.items())
-    dropped: list[float] = []
-    while used > budget * (1 - share):
-        density, name = min((gains[name][rank - 1] / costs[name], name) for name, rank in keep.items() if rank > 0)
-        keep[name] -= 1
-        used -= costs[name]
-        dropped.append(density)
-    admit = []
-    if share > 0:
-        for name in sorted(predictions, key=lambda each: (-predictions[each] / costs[each], each)):
-            if predictions[name] > 0 and keep[name] < caps[name] and used + costs[name] <= budget:
-                admit.append(name)
-                used += costs[name]
-    kept = [gains[name][rank - 1] / costs[name] for name, rank in keep.items() if rank > 0]
-    gap = min(kept) - max(dropped) if kept and dropped else float("inf")
-    return Moves(keep=keep, admit=tuple(admit), kkt_gap=gap)
+    used = sum(costs[name] * rank for name, rank in ranks.items())
+    chosen: list[str] = []
+    for name in sorted(predictions, key=lambda each: (-predictions[each] / costs[each], each)):
+        if predictions[name] > 0 and ranks[name] < caps[name] and used + costs[name] <= budget:
+            chosen.append(name)
+            used += costs[name]
+    return tuple(chosen)

@@ -4,27 +4,20 @@ Nothing is recomputed: z and ∂ℓ/∂z pass by in training anyway. Passes with
 gradient checkpointing) are not counted.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from flowra_allocation.bottleneck_gram import BottleneckGram
+from flowra_allocation.forms import AnyLayer, live_factors, live_slots
 from flowra_allocation.growth import GradientSketch
 
-__all__ = ["BottleneckObserver", "ObservableLayer"]
-
-
-class ObservableLayer(Protocol):
-    """A layer that shows its bottleneck activation z = A x to an observer."""
-
-    observer: Callable[[Tensor], None] | None
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
+__all__ = ["BottleneckObserver"]
 
 
 class BottleneckObserver:
@@ -47,7 +40,7 @@ class BottleneckObserver:
     def __init__(
         self,
         model: nn.Module,
-        layers: Mapping[str, ObservableLayer],
+        layers: Mapping[str, AnyLayer],
         *,
         loss: Literal["mean", "sum"],
         sketch: bool = False,
@@ -66,8 +59,8 @@ class BottleneckObserver:
         if sketch:
             assert generator is not None
             self.sketches = {
-                name: GradientSketch(layer.lora_A.detach(), layer.lora_B.detach(), generator=generator)
-                for name, layer in layers.items()
+                name: GradientSketch(live["lora_A"], live["lora_B"], generator=generator)
+                for name, live in ((name, live_factors(layer)) for name, layer in layers.items())
             }
 
     def total(self) -> dict[str, BottleneckGram]:
@@ -79,20 +72,26 @@ class BottleneckObserver:
         Raises:
             ValueError: if there are such layers and none was reached.
         """
-        live = {name: len(layer.lora_A) for name, layer in self._layers.items() if len(layer.lora_A) > 0}
+        live = [name for name, layer in self._layers.items() if layer.rank > 0]
         if live and len(self.unreached()) == len(live):
             raise ValueError("observer must see at least one forward and backward pass, got none")
-        return {name: sum(self.grams[name], BottleneckGram.empty(rank)) for name, rank in live.items()}
+        return {name: self._total(name) for name in live}
+
+    def _total(self, name: str) -> BottleneckGram:
+        layer, grams = self._layers[name], self.grams[name]
+        if not grams:
+            return BottleneckGram.empty(layer.rank)
+        return sum(grams[1:], grams[0]).at(live_slots(layer))
 
     def unreached(self) -> list[str]:
         """Name the layers of rank ≥ 1 that no backward pass reached."""
-        return [name for name, layer in self._layers.items() if len(layer.lora_A) > 0 and not self.grams[name]]
+        return [name for name, layer in self._layers.items() if layer.rank > 0 and not self.grams[name]]
 
     def __enter__(self) -> "BottleneckObserver":
         handle = self._model.register_forward_pre_hook(self._begin_batch, with_kwargs=True)
         self._stack.callback(handle.remove)
         for name, layer in self._layers.items():
-            if len(layer.lora_A) > 0:
+            if layer.rank > 0:
                 layer.observer = partial(self._see_bottleneck, name)
                 self._stack.callback(setattr, layer, "observer", None)
         for name in self.sketches:

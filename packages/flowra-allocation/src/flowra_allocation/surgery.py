@@ -1,143 +1,182 @@
-"""Carry optimiser state over a change of rank (docs/methods.md, section 8).
+"""Change the rank of an update while it trains, and carry its optimiser and its averages over the change.
 
-A resized factor is a new Parameter. It takes the old one's place in its parameter group, so learning rate, weight
-decay and any scheduler stay; its moments are mapped from the old ones:
+Each operation is one value of :mod:`flowra_allocation.changes` per factor (docs/methods.md, section 8):
 
-- rows that stay keep their moments;
-- new rows start with a zero first moment and the module's mean second moment, so that their first step is no larger
-  than the others' (a zero second moment would give about 3 times the learning rate);
-- re-based factors (A' = T_A A, B' = B T_B) carry the first moment as gradients transform, m_A' = T_Bᵀ m_A and
-  m_B' = m_B T_Aᵀ, and take the module's mean as second moment.
+- :func:`keep`: directions that stay keep their moments;
+- :func:`grow`: new directions leave the output as it is and start with a zero first moment and the mean second moment,
+  so that their first step is no larger than the others' (a zero second moment would give about 3 times the learning
+  rate);
+- :func:`rebase`: factors A' = T_A A, B' = B T_B carry the first moment as gradients transform, m_A' = T_Bᵀ m_A and
+  m_B' = m_B T_Aᵀ, and take the mean as second moment.
+
+Where the update has slots, its Parameters and the optimiser's groups stay what they are.
 """
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["ResizableLayer", "grow", "keep", "rebase"]
+from flowra_allocation.changes import Change, Grown, Kept, Overwritten, Rebased
+from flowra_allocation.forms import RANK_AXIS, AnyLayer, factors, has_slots, has_triplets, live_slots
+from flowra_allocation.optimizer_state import carry_over, check_optimizer
 
-FIRST_MOMENTS = frozenset({"exp_avg", "momentum_buffer"})
-SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
-Map = Callable[[Tensor], Tensor]
+__all__ = ["grow", "keep", "rebase", "silence"]
 
-
-class ResizableLayer(Protocol):
-    """A low-rank update s · B A whose factors can be exchanged."""
-
-    scaling: float
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-
-    def replace_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        """Install new factors of a common rank as new Parameters."""
+Changes = Mapping[str, Change]
 
 
-def keep(layer: ResizableLayer, indices: list[int], optimizer: Optimizer | None) -> None:
-    """Keep the rank slices with these indices; they keep their moments."""
-    index = torch.tensor(indices, dtype=torch.long, device=layer.lora_A.device)
-
-    def rows(old: Tensor) -> Tensor:
-        return old[index]
-
-    def columns(old: Tensor) -> Tensor:
-        return old[:, index]
-
-    _replace(
-        layer, rows(layer.lora_A.detach()), columns(layer.lora_B.detach()), optimizer, (rows, rows, columns, columns)
-    )
-
-
-def grow(layer: ResizableLayer, rows: Tensor, optimizer: Optimizer | None) -> None:
-    """Append ``rows`` ``(k, n)`` to A and zero columns to B; the update does not change."""
-    a, b = layer.lora_A.detach(), layer.lora_B.detach()
-    count = len(rows)
-
-    def zero_rows(old: Tensor) -> Tensor:
-        return torch.cat([old, old.new_zeros(count, a.shape[1])])
-
-    def mean_rows(old: Tensor) -> Tensor:
-        return torch.cat([old, _mean(old).expand(count, a.shape[1])])
-
-    def zero_columns(old: Tensor) -> Tensor:
-        return torch.cat([old, old.new_zeros(b.shape[0], count)], 1)
-
-    def mean_columns(old: Tensor) -> Tensor:
-        return torch.cat([old, _mean(old).expand(b.shape[0], count)], 1)
-
-    maps = (zero_rows, mean_rows, zero_columns, mean_columns)
-    _replace(layer, torch.cat([a, rows.to(a)]), zero_columns(b), optimizer, maps)
-
-
-def rebase(layer: ResizableLayer, lora_A: Tensor, lora_B: Tensor, optimizer: Optimizer | None) -> None:
-    """Install factors that span a subspace of the old ones' (a truncation, a change of basis, or both).
+def keep(
+    layer: AnyLayer, indices: Sequence[int], optimizer: Optimizer | None = None, *, averages: Sequence[AnyLayer] = ()
+) -> None:
+    """Keep the directions with these indices, in this order; they keep their moments.
 
     Args:
         layer: to change.
+        indices: of directions, distinct.
+        optimizer: holds the layer's factors; None if they are not being trained.
+        averages: running averages of the same update (of an EMA of the model), changed alike.
+    """
+    if has_slots(layer):  # nothing the optimiser holds changes
+        layer.shrink(indices)
+        _mirror(layer, averages, {})
+        return
+    index = torch.tensor(list(indices), dtype=torch.long, device=layer.lora_A.device)
+    changes = {name: Kept(RANK_AXIS[name], index) for name in factors(layer)}
+    values = {name: changes[name].value(each.detach()) for name, each in factors(layer).items()}
+    _change(layer, lambda: _install(layer, values), lambda _: changes, optimizer, averages)
+
+
+def grow(
+    layer: AnyLayer, rows: Tensor, optimizer: Optimizer | None = None, *, averages: Sequence[AnyLayer] = ()
+) -> None:
+    """Append ``rows`` ``(k, n)`` to A; the update does not change.
+
+    A pair gets zero columns in B. Triplets get E = 0 and make rows and columns as long as those that are there
+    (their own ``grow``).
+
+    Args:
+        layer: to change.
+        rows: input sides of the new directions.
+        optimizer: as for :func:`keep`.
+        averages: as for :func:`keep`.
+    """
+    before = live_slots(layer)
+
+    def install() -> None:
+        if has_triplets(layer):
+            layer.grow(rows)
+        else:
+            a, b = layer.lora_A.detach(), layer.lora_B.detach()
+            new_columns = b.new_zeros(len(b), len(rows))
+            _install(layer, {"lora_A": torch.cat([a, rows.to(a)]), "lora_B": torch.cat([b, new_columns], 1)})
+
+    def changes(new: Mapping[str, nn.Parameter]) -> Changes:
+        device = layer.lora_A.device
+        index, live = (
+            torch.tensor(slots, dtype=torch.long, device=device) for slots in (live_slots(layer)[len(before) :], before)
+        )
+        entries = {name: each.detach().index_select(RANK_AXIS[name], index) for name, each in new.items()}
+        if has_slots(layer):
+            return {name: Overwritten(RANK_AXIS[name], index, live, each) for name, each in entries.items()}
+        return {name: Grown(RANK_AXIS[name], each) for name, each in entries.items()}
+
+    _change(layer, install, changes, optimizer, averages)
+
+
+def rebase(
+    layer: AnyLayer,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    optimizer: Optimizer | None = None,
+    *,
+    averages: Sequence[AnyLayer] = (),
+) -> None:
+    """Install factors that span a subspace of the old ones' (a truncation, a change of basis, or both).
+
+    Args:
+        layer: a pair.
         lora_A: ``(k, n)``, rows in the span of the old rows.
         lora_B: ``(m, k)``, columns in the span of the old columns.
-        optimizer: holds the layer's factors; None if they are not being trained.
+        optimizer: as for :func:`keep`.
+        averages: as for :func:`keep`.
+
+    Raises:
+        TypeError: if the update has an E.
     """
+    if has_triplets(layer):
+        raise TypeError(
+            f"layer must be a pair to be re-based, got {type(layer).__name__}. Keep some of its directions."
+        )
     a, b = (each.detach().to(torch.float64) for each in (layer.lora_A, layer.lora_B))
     to_A = lora_A.to(a) @ torch.linalg.pinv(a)  # T_A, (k, r)
     to_B = torch.linalg.pinv(b) @ lora_B.to(b)  # T_B, (r, k)
-
-    def first_A(old: Tensor) -> Tensor:
-        return torch.matmul(to_B.T, old.double()).to(old)
-
-    def first_B(old: Tensor) -> Tensor:
-        return torch.matmul(old.double(), to_A.T).to(old)
-
-    def second_A(old: Tensor) -> Tensor:
-        return _mean(old).expand(lora_A.shape).clone()
-
-    def second_B(old: Tensor) -> Tensor:
-        return _mean(old).expand(lora_B.shape).clone()
-
-    _replace(layer, lora_A, lora_B, optimizer, (first_A, second_A, first_B, second_B))
-
-
-def _mean(moment: Tensor) -> Tensor:
-    return moment.mean() if moment.numel() else moment.new_zeros(())
-
-
-def _replace(
-    layer: ResizableLayer, lora_A: Tensor, lora_B: Tensor, optimizer: Optimizer | None, maps: tuple[Map, Map, Map, Map]
-) -> None:
-    old_A, old_B = layer.lora_A, layer.lora_B
-    if optimizer is not None:
-        for parameter in (old_A, old_B):
-            _check_state(optimizer, parameter)
-    layer.replace_factors(lora_A.to(old_A), lora_B.to(old_B))
-    if optimizer is not None:
-        _migrate(optimizer, old_A, layer.lora_A, first=maps[0], second=maps[1])
-        _migrate(optimizer, old_B, layer.lora_B, first=maps[2], second=maps[3])
-
-
-def _check_state(optimizer: Optimizer, parameter: nn.Parameter) -> None:
-    """Refuse, before anything is changed, an optimiser that lacks the parameter or whose state is not understood."""
-    if not any(parameter is held for group in optimizer.param_groups for held in group["params"]):
-        raise ValueError("optimizer must hold the layer's factors, got one that does not. Build it after attaching.")
-    unknown = [
-        key
-        for key, value in optimizer.state.get(parameter, {}).items()
-        if isinstance(value, Tensor) and value.ndim > 0 and key not in FIRST_MOMENTS | SECOND_MOMENTS
-    ]
-    if unknown:
-        raise ValueError(
-            f"optimizer state must be moments of AdamW or SGD, got {unknown} in {type(optimizer).__name__}"
-        )
-
-
-def _migrate(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, *, first: Map, second: Map) -> None:
-    for group in optimizer.param_groups:
-        group["params"] = [new if held is old else held for held in group["params"]]
-    state = optimizer.state.pop(old, None)
-    if state is None or old.numel() == 0:  # nothing to carry: the new factor starts with a fresh state
-        return
-    optimizer.state[new] = {
-        key: first(value) if key in FIRST_MOMENTS else second(value) if key in SECOND_MOMENTS else value
-        for key, value in state.items()
+    size = len(lora_A)
+    changes = {
+        "lora_A": Rebased(0, size, lambda old: to_A @ old, lambda old: to_B.T @ old),
+        "lora_B": Rebased(1, size, lambda old: old @ to_B, lambda old: old @ to_A.T),
     }
+    _change(
+        layer,
+        lambda: _install(layer, {"lora_A": lora_A.to(layer.lora_A), "lora_B": lora_B.to(layer.lora_B)}),
+        lambda _: changes,
+        optimizer,
+        averages,
+    )
+
+
+@torch.no_grad()
+def silence(layer: AnyLayer, indices: Sequence[int]) -> None:
+    """Set E of these directions to zero; they stay, and what the optimiser holds stays with them.
+
+    Raises:
+        TypeError: if the update has no E.
+    """
+    if not has_triplets(layer):
+        raise TypeError(f"layer must be of triplets to silence directions, got {type(layer).__name__}")
+    slots = live_slots(layer)
+    index = torch.tensor([slots[each] for each in indices], dtype=torch.long, device=layer.lora_E.device)
+    layer.lora_E[index] = 0
+
+
+def _change(
+    layer: AnyLayer,
+    install: Callable[[], None],
+    changes: Callable[[Mapping[str, nn.Parameter]], Changes],
+    optimizer: Optimizer | None,
+    averages: Sequence[AnyLayer],
+) -> None:
+    """Check, install, carry over: the order that leaves everything as it was if something is refused."""
+    old = factors(layer)
+    if optimizer is not None:
+        for parameter in old.values():
+            check_optimizer(optimizer, parameter)
+    install()
+    new = factors(layer)
+    made = changes(new)
+    if optimizer is not None:
+        for name, parameter in old.items():
+            carry_over(optimizer, parameter, new[name], made[name])
+    _mirror(layer, averages, made)
+
+
+def _install(layer: AnyLayer, values: Mapping[str, Tensor]) -> None:
+    replace = cast(Callable[..., None], layer.replace_factors)  # with E or without
+    replace(**values)
+
+
+def _mirror(layer: AnyLayer, averages: Sequence[AnyLayer], changes: Changes) -> None:
+    """Change running averages of the update as the update was changed."""
+    for average in averages:
+        values = {name: changes[name].value(each.detach()) for name, each in factors(average).items() if changes}
+        if not has_slots(layer):
+            _install(average, values)
+            continue
+        assert has_slots(average)
+        average.mask.copy_(layer.mask)
+        average.order.copy_(layer.order)
+        with torch.no_grad():
+            for name, value in values.items():
+                factors(average)[name].copy_(value)

@@ -32,7 +32,7 @@ class RefinementCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Refuse a schedule that cannot fire."""
-        last, freeze = self._first_step + state.max_steps, self._refiner.history.schedule.freeze
+        last, freeze = self._first_step + state.max_steps, self._refiner.policy.steps[-1]
         if last < freeze:
             raise ValueError(f"training must reach the freeze at step {freeze}, got {last} steps. Train longer.")
 
@@ -41,6 +41,12 @@ class RefinementCallback(TrainerCallback):
     ) -> None:
         """Gather statistics before an event."""
         self._refiner.before_step(self._first_step + state.global_step)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Let the policy see the gradients of the step."""
+        self._refiner.before_zero_grad()
 
     def on_step_end(
         self,

@@ -1,0 +1,116 @@
+"""The low-rank updates that refinement can move, as it sees them (docs/methods.md, section 7).
+
+=========  ==============================  ====================================================================
+form       update                          how its rank changes
+=========  ==============================  ====================================================================
+pair       ΔW = s · B A                    factors become new Parameters
+triplets   ΔW = s · B diag(E) A            factors become new Parameters
+slots      ΔW = s · B diag(E ⊙ μ) A        the mask μ over a fixed number of slots changes; Parameters stay
+=========  ==============================  ====================================================================
+
+``flowra_adapters`` has all three (``LoRA`` and ``DoRA``, ``SVDForm``, ``MaskedSVDForm``);
+:mod:`flowra_allocation.peft_layers` shows a LoRA layer of PEFT as a pair.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "RANK_AXIS",
+    "AnyLayer",
+    "RefinableLayer",
+    "SlottedLayer",
+    "TripletLayer",
+    "factors",
+    "has_slots",
+    "has_triplets",
+    "live_factors",
+    "live_slots",
+]
+
+RANK_AXIS: Mapping[str, int] = {"lora_A": 0, "lora_E": 0, "lora_B": 1}
+"""Factor to the axis that counts directions: A is ``(r, n)``, E ``(r,)``, B ``(m, r)``."""
+
+
+class RefinableLayer(Protocol):
+    """A low-rank update that can be observed and resized: the form *pair*, and what all forms have."""
+
+    scaling: float
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    observer: Callable[[Tensor], None] | None
+    """Called with z = A x (z = E ⊙ A x where there is an E), channels last, on every forward pass."""
+
+    @property
+    def rank(self) -> int:
+        """Number of directions."""
+
+    def replace_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Install new factors of a common rank as new Parameters."""
+
+
+class TripletLayer(Protocol):
+    """An update whose directions are triplets a_k, E_k, b_k."""
+
+    scaling: float
+    lora_A: nn.Parameter
+    lora_E: nn.Parameter
+    lora_B: nn.Parameter
+    observer: Callable[[Tensor], None] | None
+
+    @property
+    def rank(self) -> int:
+        """Number of directions."""
+
+    def replace_factors(self, lora_A: Tensor, lora_B: Tensor, lora_E: Tensor) -> None:
+        """Install new factors of a common rank."""
+
+    def grow(self, rows: Tensor) -> None:
+        """Append directions with these rows ``(k, n)`` and E = 0; lengths are matched to those that are there."""
+
+
+class SlottedLayer(TripletLayer, Protocol):
+    """Triplets in a fixed number of slots."""
+
+    mask: Tensor
+    """``(slots,)``, bool: which slots hold a direction."""
+    order: Tensor
+    """``(slots,)``, int64: directions are counted by rising values."""
+
+    def slots(self) -> list[int]:
+        """Return where the directions lie, in their order."""
+
+    def shrink(self, keep: Sequence[int]) -> None:
+        """Mask all directions but these."""
+
+
+AnyLayer = RefinableLayer | TripletLayer
+
+
+def has_triplets(layer: AnyLayer) -> TypeGuard[TripletLayer]:
+    """Tell whether the update has an E."""
+    return hasattr(layer, "lora_E")
+
+
+def has_slots(layer: AnyLayer) -> TypeGuard[SlottedLayer]:
+    """Tell whether the update's tensors keep their shapes."""
+    return hasattr(layer, "mask")
+
+
+def live_slots(layer: AnyLayer) -> list[int]:
+    """Return the indices along the rank axes that hold a direction, in the order of directions."""
+    return layer.slots() if has_slots(layer) else list(range(layer.rank))
+
+
+def factors(layer: AnyLayer) -> dict[str, nn.Parameter]:
+    """Return the Parameters of an update by name, free slots included."""
+    return {name: getattr(layer, name) for name in RANK_AXIS if hasattr(layer, name)}
+
+
+def live_factors(layer: AnyLayer) -> dict[str, Tensor]:
+    """Return the values of the directions that are there, detached, in their order."""
+    index = torch.tensor(live_slots(layer), dtype=torch.long, device=layer.lora_A.device)
+    return {name: each.detach().index_select(RANK_AXIS[name], index) for name, each in factors(layer).items()}
