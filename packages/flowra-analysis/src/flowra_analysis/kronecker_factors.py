@@ -100,7 +100,7 @@ class DampedFactors(NamedTuple):
         return joined(self.gradients.solve(product), self.groups)
 
     def whiten(self, gradient: Tensor) -> Tensor:
-        """Compute Ĝ = R_S⁻¹ G R_C⁻ᵀ, for dense factors S^-½ G C^-½: ⟨G, Δ⟩ = ⟨Ĝ, R_Sᵀ Δ R_C⟩."""
+        """Compute Ĝ = R_S⁻¹ G R_C⁻ᵀ, with the singular values of S^-½ G C^-½: ⟨G, Δ⟩ = ⟨Ĝ, R_Sᵀ Δ R_C⟩."""
         product = self.inputs.inverse_root(by_group(gradient, self.groups).mT).mT
         return joined(self.gradients.inverse_root(product), self.groups)
 

@@ -9,6 +9,7 @@ own needs only the three methods of :class:`Statistic`.
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol, Self, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from flowra_analysis.layer_signals import Signals
@@ -77,6 +78,13 @@ def measure(
     """
     states = dict(statistics)
     for index, batch in enumerate(per_example_signals(model, batches, per_example_loss, module_names, mask=mask)):
-        for name, signals in batch.items():
+        for name, narrow in batch.items():
+            signals = _wide(narrow)  # once for all statistics, each of which accumulates in float32 at least
             states = {kind: state.update(name, signals, batch=index) for kind, state in states.items()}
     return states
+
+
+def _wide(signals: Signals) -> Signals:
+    """Give x and g at least float32."""
+    x, g = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in signals[:2])
+    return signals._replace(x=x, g=g)

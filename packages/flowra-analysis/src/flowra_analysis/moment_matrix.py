@@ -100,7 +100,7 @@ class MomentMatrix:
     def damped(self, damping: float) -> "DampedMoment":
         """Prepare the inverse of M + λI, λ = damping · tr(M)/d: a fraction of the mean eigenvalue.
 
-        Costs an eigendecomposition of a dense M (d³), a singular value decomposition of a sketch (d k²), in float64.
+        Costs a Cholesky factor of a dense M (d³/3), a singular value decomposition of a sketch (d k²), in float64.
 
         Args:
             damping: ≥ 0; 0 only where M has full rank.
@@ -116,27 +116,37 @@ class MomentMatrix:
             raise ValueError(f"damping must be at least 0, got {damping}")
         mean = self.diagonal.double().mean(-1, keepdim=True)
         if self.dense is not None:
-            values, basis = torch.linalg.eigh(self.dense.double())
-            values = values.clamp(min=0)
-        else:
-            values = (self.diagonal if self.low_rank is None else self._remainder()).double()
-        values = values + damping * mean
+            return self._factorised(self.dense.double(), damping, mean)
+        values = (self.diagonal if self.low_rank is None else self._remainder()).double() + damping * mean
+        self._check_invertible(values, damping, mean)
+        scale = values.sqrt()
+        if self.low_rank is None:
+            return DampedMoment(scale=scale, basis=scale.new_zeros(*scale.shape, 0), values=scale[..., :0])
+        outer = self.low_rank.double() * _reciprocal(scale).unsqueeze(-1)
+        basis, lengths, _ = torch.linalg.svd(outer, full_matrices=False)
+        return DampedMoment(scale=scale, basis=basis, values=1 + lengths.square())
+
+    def _factorised(self, dense: Tensor, damping: float, mean: Tensor) -> "DampedMoment":
+        """Take the Cholesky factor of a dense M + λI; of I where M is zero."""
+        identity = torch.eye(dense.shape[-1], dtype=dense.dtype, device=dense.device)
+        damped = dense + (torch.where(mean > 0, damping * mean, 1.0)).unsqueeze(-1) * identity
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if (
+            failed.any() or damping <= 2 * torch.finfo(self.diagonal.dtype).eps * dense.shape[-1]
+        ):  # it may be too little
+            self._check_invertible(torch.linalg.eigvalsh(dense).clamp(min=0) + damping * mean, damping, mean)
+        return DampedMoment(
+            scale=(mean > 0).to(dense).expand(dense.shape[:-1]), basis=lower, values=lower.new_zeros(0), is_root=True
+        )
+
+    def _check_invertible(self, values: Tensor, damping: float, mean: Tensor) -> None:
+        """Refuse eigenvalues that rounding of M could have made."""
         floor = torch.finfo(self.diagonal.dtype).eps * values.shape[-1] * mean
         if ((values <= floor) & (mean > 0)).any():
             raise ValueError(
                 f"damping must leave M + λI invertible, got {damping} with a least eigenvalue of"
                 f" {float(values.min()):.3g} where their mean is {float(mean.max()):.3g}. Take a larger damping."
             )
-        if self.dense is not None:
-            return DampedMoment(scale=torch.ones_like(values), basis=basis, values=values, is_complete=True)
-        scale = values.sqrt()
-        if self.low_rank is None:
-            return DampedMoment(
-                scale=scale, basis=scale.new_zeros(*scale.shape, 0), values=scale[..., :0], is_complete=False
-            )
-        outer = self.low_rank.double() * _reciprocal(scale).unsqueeze(-1)
-        basis, lengths, _ = torch.linalg.svd(outer, full_matrices=False)
-        return DampedMoment(scale=scale, basis=basis, values=1 + lengths.square(), is_complete=False)
 
     def _remainder(self) -> Tensor:
         """Return the diagonal of D."""
@@ -148,50 +158,57 @@ class MomentMatrix:
 class DampedMoment:
     """M + λI = R Rᵀ, symmetric positive definite, with the products by it, by its inverse and by those of R.
 
-    R = diag(scale) (I + basis diag(√values − 1) basisᵀ), or basis diag(√values) basisᵀ where the basis is complete.
+    R = diag(scale) (I + basis diag(√values − 1) basisᵀ); for a dense moment R is its Cholesky factor.
     Each product takes V ``(…, d, q)`` of any floating dtype, computes in float64 and returns the dtype of V.
     """
 
     scale: Tensor
-    """``(d,)``."""
+    """``(d,)``; of a dense moment 1, or 0 where the moment is zero."""
     basis: Tensor
-    """``(d, k)``, orthonormal columns."""
+    """``(d, k)``, orthonormal columns; of a dense moment the Cholesky factor ``(d, d)``."""
     values: Tensor
-    """``(k,)``."""
-    is_complete: bool
-    """Whether k = d and ``scale`` is 1."""
+    """``(k,)``; empty for a dense moment."""
+    is_root: bool = False
+    """Whether ``basis`` is a Cholesky factor."""
 
     def matmul(self, vectors: Tensor) -> Tensor:
         """Compute (M + λI) V."""
-        scale = self.scale.unsqueeze(-1)
-        return (scale * self._inner(self.values, scale * vectors.double())).to(vectors.dtype)
+        scaled = self.scale.unsqueeze(-1) * vectors.double()
+        return self.root(self.basis.mT @ scaled if self.is_root else self._inner(self.values.sqrt(), scaled)).to(
+            vectors.dtype
+        )
 
     def solve(self, vectors: Tensor) -> Tensor:
         """Compute (M + λI)⁻¹ V."""
-        scale = _reciprocal(self.scale).unsqueeze(-1)
-        return (scale * self._inner(_reciprocal(self.values), scale * vectors.double())).to(vectors.dtype)
+        return self.inverse_root_transposed(self.inverse_root(vectors.double())).to(vectors.dtype)
 
     def root(self, vectors: Tensor) -> Tensor:
         """Compute R V."""
-        product = self.scale.unsqueeze(-1) * self._inner(self.values.sqrt(), vectors.double())
-        return product.to(vectors.dtype)
+        wide = vectors.double()
+        product = self.basis @ wide if self.is_root else self._inner(self.values.sqrt(), wide)
+        return (self.scale.unsqueeze(-1) * product).to(vectors.dtype)
 
     def inverse_root(self, vectors: Tensor) -> Tensor:
         """Compute R⁻¹ V: the second moment of R⁻¹ v is I, if that of v is M + λI."""
         scaled = _reciprocal(self.scale).unsqueeze(-1) * vectors.double()
-        return self._inner(_reciprocal(self.values).sqrt(), scaled).to(vectors.dtype)
+        if self.is_root:
+            product: Tensor = torch.linalg.solve_triangular(self.basis, scaled, upper=False)
+        else:
+            product = self._inner(_reciprocal(self.values).sqrt(), scaled)
+        return product.to(vectors.dtype)
 
     def inverse_root_transposed(self, vectors: Tensor) -> Tensor:
-        """Compute R⁻ᵀ V, which is R⁻¹ V for a dense or diagonal moment."""
-        scaled = self._inner(_reciprocal(self.values).sqrt(), vectors.double())
+        """Compute R⁻ᵀ V, which is R⁻¹ V for a diagonal moment."""
+        wide = vectors.double()
+        if self.is_root:
+            scaled: Tensor = torch.linalg.solve_triangular(self.basis.mT, wide, upper=True)
+        else:
+            scaled = self._inner(_reciprocal(self.values).sqrt(), wide)
         return (_reciprocal(self.scale).unsqueeze(-1) * scaled).to(vectors.dtype)
 
     def _inner(self, values: Tensor, vectors: Tensor) -> Tensor:
         """Multiply by basis diag(values) basisᵀ, and by I outside its span."""
-        inside = self.basis.mT @ vectors
-        if self.is_complete:
-            return self.basis @ (values.unsqueeze(-1) * inside)
-        return vectors + self.basis @ ((values - 1).unsqueeze(-1) * inside)
+        return vectors + self.basis @ ((values - 1).unsqueeze(-1) * (self.basis.mT @ vectors))
 
 
 def _reciprocal(values: Tensor) -> Tensor:
