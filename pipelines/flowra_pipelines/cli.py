@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from flowra_pipelines import config_commands, profile_commands
+from flowra_pipelines import config_commands, plan_commands, profile_commands
 from flowra_pipelines.errors import explain
 
 __all__ = ["app", "main"]
@@ -26,6 +26,7 @@ app = typer.Typer(
 
 app.add_typer(config_commands.app)
 app.add_typer(profile_commands.app)
+app.add_typer(plan_commands.app)
 
 Config = Annotated[Path, typer.Argument(help="YAML file of the run.", show_default=False)]
 Overrides = Annotated[
@@ -191,7 +192,7 @@ def report(
 ) -> None:
     """Draw a profile: pictures, and one page that opens in any browser and needs nothing else.
 
-    What `validation.json` beside the profile says of ablations is shown, too.
+    What `validation.json` beside the profile says of ablations is shown, too, and how rank moved in the run.
     """
     from flowra_pipelines.report import show_report
 

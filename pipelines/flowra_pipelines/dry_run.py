@@ -33,6 +33,10 @@ def show_plan(config: RunConfig) -> None:
         f"mean rank {average:.2f}, probe rank {probe} (peak {probe * sum(layers.costs.values()):,} parameters)"
     )
     console.print(f"cap {math.ceil(8 * average)} per module; η = {config.sensitivity_threshold:g}")
+    chosen = config.refinement
+    spends = "" if chosen.plan_factor == 1 else f"; the plan spends {chosen.plan_factor:g} times the budget"
+    form = "pairs" if chosen.method == "lora" else f"triplets, {chosen.back_end}"
+    console.print(f"refinement: {chosen.policy} on {form}{spends}")
     console.print(
         f"steps: probe 0–{config.probe_steps}, train –{config.refinement_start}, refine –{config.refinement_freeze},"
         f" frozen –{config.training.steps} ({needed / len(setting.train):.1f} epochs)"

@@ -1,4 +1,4 @@
-"""Pictures: layer × module type, rank over time, loss. Drawn without a display."""
+"""Pictures: layer × module type, loss. Drawn without a display."""
 
 import re
 from collections import Counter
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
-__all__ = ["ModuleGrid", "layer_and_kind", "loss_curve", "module_grid", "module_heatmap", "rank_over_time"]
+__all__ = ["ModuleGrid", "layer_and_kind", "loss_curve", "module_grid", "module_heatmap"]
 
 BLOCK = re.compile(r"(?:^|\.)(\d{1,9})\.(.+)$")
 """The index of a block and what follows."""
@@ -91,21 +91,6 @@ def module_heatmap(
     axes.set_xlabel("block")
     axes.set_title(title)
     figure.colorbar(image, ax=axes, label=label)
-    return figure
-
-
-def rank_over_time(steps: Sequence[int], ranks: Sequence[Mapping[str, int]]) -> Figure:
-    """Draw the rank of every module after each event."""
-    names = list(ranks[0])
-    grid = np.array([[each[name] for each in ranks] for name in names], dtype=float)
-    figure = Figure(figsize=(4.2 + 0.5 * len(steps), 1.4 + 0.17 * len(names)), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(grid, cmap="viridis", vmin=0, vmax=max(1.0, grid.max()), aspect="auto", interpolation="nearest")
-    axes.set_xticks(range(len(steps)), [str(step) for step in steps])
-    axes.set_yticks(range(len(names)), names, fontsize=6, parse_math=False)
-    axes.set_xlabel("step")
-    axes.set_title("Rank over time")
-    figure.colorbar(image, ax=axes, label="rank")
     return figure
 
 

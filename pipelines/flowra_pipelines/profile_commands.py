@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from flowra_analysis import FlowProfile, ProfileDiff
 
-__all__ = ["app", "diff_warnings", "find_profile", "printable", "read_profile_at"]
+__all__ = ["app", "diff_warnings", "find_profile", "natural", "printable", "read_profile_at"]
 
 app = typer.Typer(name="profile", help="Show a profile, or what differs between two.", no_args_is_help=True)
 
@@ -144,7 +144,7 @@ def _modules(profile: "FlowProfile", title: str) -> "Table":
     table = Table(title=Text(printable(title)), title_justify="left")
     for heading in ("module", "type", "shape", "cost", "ψ", "effective rank"):
         table.add_column(heading, justify="left" if heading in ("module", "type") else "right", overflow="fold")
-    for name, module in sorted(profile.modules.items(), key=lambda each: _natural(each[0])):
+    for name, module in sorted(profile.modules.items(), key=lambda each: natural(each[0])):
         known = module.statistics
         rank = known.get("weight_effective_rank")
         table.add_row(
@@ -262,7 +262,7 @@ def _with_error(value: float | None, error: float | None) -> str:
     return f"{value:.3f} ± {error:.3f}" if error else f"{value:.3f}"
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural(name: str) -> list[tuple[int, str]]:
     """Order names so that block 10 comes after block 9."""
     return [(int(part), "") if NUMBER.fullmatch(part) else (-1, part) for part in name.split(".")]
 

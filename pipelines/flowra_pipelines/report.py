@@ -4,15 +4,12 @@ The page holds its pictures as SVG, has no script and no link to elsewhere, and 
 (`Content-Security-Policy`). Whatever comes from the profile is text: it is escaped, never markup.
 """
 
-import io
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from flowra_analysis import FlowProfile, layer_type, rank_correlation, summarise
@@ -21,6 +18,13 @@ from flowra_pipelines.errors import UserError
 from flowra_pipelines.plots import layer_and_kind
 from flowra_pipelines.profile_commands import find_profile, printable, read_profile_at
 from flowra_pipelines.progress import console
+from flowra_pipelines.report_parts import picture, table
+from flowra_pipelines.report_refinement import (
+    Refinement,
+    read_refinement,
+    refinement_figures_of,
+    refinement_section,
+)
 from flowra_pipelines.report_validation import ABLATIONS, Validation, parse_validation, read_validation
 from flowra_pipelines.whole_files import replacing
 
@@ -28,14 +32,6 @@ __all__ = ["profile_report", "show_report", "write_report"]
 
 PAGE = "report.html"
 DPI = 160
-PIXELS = 1.25
-"""Of the page for each point of a picture, at most; nine tenths of a point at least, below that it scrolls."""
-VARIABLES = {
-    report_figures.INK: "var(--ink)",
-    report_figures.FAINT: "var(--faint)",
-    report_figures.GAP: "var(--card)",
-}
-"""What the page colours as it is light or dark."""
 RECORD = "stage.json"
 LARGEST = 1e100
 """Absolute value of a statistic that can be drawn."""
@@ -56,13 +52,16 @@ CAPTIONS = {
 
 
 def profile_report(
-    profile: FlowProfile, validation: Mapping[str, object] | None = None
+    profile: FlowProfile,
+    validation: Mapping[str, object] | None = None,
+    refinement: Refinement | None = None,
 ) -> tuple[dict[str, Figure], str]:
-    """Draw a profile and write the page.
+    """Draw a profile, and how rank moved, and write the page.
 
     Args:
         profile: of any model; what it does not know is left out.
         validation: what ``validation.json`` holds, or None.
+        refinement: how rank moved in the run that the profile is of, or None.
 
     Returns:
         Name to picture, and the page as HTML.
@@ -79,11 +78,13 @@ def profile_report(
                 )
     known = Validation() if validation is None else parse_validation(validation)
     figures = _figures(profile, known)
-    return figures, _page(profile, known, figures)
+    moved = {} if refinement is None else refinement_figures_of(refinement)
+    section = "" if refinement is None else refinement_section(refinement, moved)
+    return {**figures, **moved}, _page(profile, known, figures, section)
 
 
 def write_report(path: Path, to: Path | None = None) -> list[Path]:
-    """Write the report of a profile: ``report.html``, and each picture as PNG.
+    """Write the report of a profile, and of how rank moved in its run: ``report.html``, and each picture as PNG.
 
     Args:
         path: folder of a run or of its stage calibrate, or a ``profile.json``.
@@ -94,12 +95,13 @@ def write_report(path: Path, to: Path | None = None) -> list[Path]:
         The files, the page first.
 
     Raises:
-        UserError: if there is no profile, or it or the validation beside it is damaged.
+        UserError: if there is no profile, or it or what lies beside it is damaged.
     """
     source = find_profile(path)
-    figures, page = profile_report(read_profile_at(source), read_validation(source))
-    if to is None:
-        to = (source.absolute().parent if (source / RECORD).is_file() else source) / "report"
+    run = source.absolute().parent if (source / RECORD).is_file() else None
+    refinement = None if run is None else read_refinement(run)
+    figures, page = profile_report(read_profile_at(source), read_validation(source), refinement)
+    to = to or (run or source) / "report"
     paths = [to / PAGE, *(to / f"{name}.png" for name in figures)]
     with replacing(*paths) as (html_file, *pictures):
         for figure, file in zip(figures.values(), pictures, strict=True):
@@ -152,8 +154,8 @@ def _estimators(profile: FlowProfile) -> dict[str, dict[str, float]]:
 # the page
 
 
-def _page(profile: FlowProfile, validation: Validation, figures: Mapping[str, Figure]) -> str:
-    pictures = {name: _picture(name, figure) for name, figure in figures.items()}
+def _page(profile: FlowProfile, validation: Validation, figures: Mapping[str, Figure], refinement: str) -> str:
+    pictures = {name: picture(name, figure, CAPTIONS[name]) for name, figure in figures.items()}
     sections = [
         ("seen", "What one sees", _seen(profile, validation)),
         ("sensitivity", "Sensitivity by place", _joined(pictures, "sensitivity")),
@@ -162,6 +164,7 @@ def _page(profile: FlowProfile, validation: Validation, figures: Mapping[str, Fi
         ("ranks", "Effective ranks", _joined(pictures, "effective_ranks") + _rank_table(profile)),
         ("estimators", "Estimators", _estimator_table(profile, validation) + _joined(pictures, "estimator_agreement")),
         ("ablations", "Against ablations", _joined(pictures, "ablation_correlations", "ablation_scatter")),
+        ("refinement", "Refinement", refinement),
         ("modules", "All modules", _module_table(profile)),
         ("provenance", "Provenance", _provenance_table(profile)),
     ]
@@ -305,7 +308,7 @@ def _type_table(profile: FlowProfile) -> str:
         [kind, str(each.count), f"{each.mean:.3f}", f"{each.spread:.3f}", _percent(each.share)]
         for kind, each in summarise(profile, "psi").items()
     ]
-    return _table(["type", "modules", "mean ψ", "spread", "share of the sum"], rows)
+    return table(["type", "modules", "mean ψ", "spread", "share of the sum"], rows)
 
 
 def _rank_table(profile: FlowProfile) -> str:
@@ -326,7 +329,7 @@ def _rank_table(profile: FlowProfile) -> str:
         rows.append([name, *cells])
     titles = [report_figures.TITLES.get(kind, printable(kind)) for kind in kinds]
     note = '<p class="soft">Mean effective rank by type of layer; after the stroke the stable rank Σσ²/σ₁².</p>'
-    return note + _table(["type", *titles], rows)
+    return note + table(["type", *titles], rows)
 
 
 def _estimator_table(profile: FlowProfile, validation: Validation) -> str:
@@ -359,7 +362,7 @@ def _estimator_table(profile: FlowProfile, validation: Validation) -> str:
         '<p class="soft">ρ is Spearman\'s rank correlation over modules. Units of estimators differ, so only the order'
         " that they put modules in compares. Cost: in passes over the examples, forward and backward.</p>"
     )
-    return note + _table(headings, rows)
+    return note + table(headings, rows)
 
 
 def _module_table(profile: FlowProfile) -> str:
@@ -378,69 +381,17 @@ def _module_table(profile: FlowProfile) -> str:
     ]
     headings = ["module", "type", "shape", "cost of a rank", "ψ", "effective rank of the weight"]
     return (
-        f"<details><summary>{len(rows):,} modules, the most sensitive first</summary>{_table(headings, rows)}</details>"
+        f"<details><summary>{len(rows):,} modules, the most sensitive first</summary>{table(headings, rows)}</details>"
     )
 
 
 def _provenance_table(profile: FlowProfile) -> str:
     rows = [[printable(key), printable(str(value))] for key, value in sorted(profile.provenance.items())]
-    return _table(["", "value"], rows, wrap=True) if rows else "<p>The profile does not say where it comes from.</p>"
-
-
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, wrap: bool = False) -> str:
-    """Write a table; text to the left, all else to the right unless it wraps. Everything is escaped."""
-    classes = [
-        "text" if wrap else "" if heading in ("module", "type", "estimator") else "number" for heading in headings
-    ]
-    top = "".join(
-        f'<th scope="col" class="{kind}">{escape(each)}</th>' for each, kind in zip(headings, classes, strict=True)
-    )
-    lines = (
-        "".join(f'<td class="{kind}">{escape(cell)}</td>' for cell, kind in zip(row, classes, strict=True))
-        for row in rows
-    )
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<div class="scroll" tabindex="0"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-# pictures in the page
+    return table(["", "value"], rows, wrap=True) if rows else "<p>The profile does not say where it comes from.</p>"
 
 
 def _joined(pictures: Mapping[str, str], *names: str) -> str:
     return "".join(pictures.get(name, "") for name in names)
-
-
-def _picture(name: str, figure: Figure) -> str:
-    """Put a picture into the page as SVG: its text is the page's, its ink changes with light and dark."""
-    width = 72 * figure.get_figwidth()
-    size = f"min-width:{min(0.9 * width, 2400):.0f}px;width:100%;max-width:{PIXELS * width:.0f}px"
-    caption = CAPTIONS[name]
-    return (
-        f'<figure><div class="scroll" tabindex="0">{_svg(name, figure, size, caption)}</div>'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
-
-
-def _svg(name: str, figure: Figure, size: str, label: str) -> str:
-    file = io.StringIO()
-    unsaid = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "svg.id": name}):
-        figure.savefig(file, format="svg", transparent=True, metadata=unsaid)
-    drawn = file.getvalue()
-    head, _, rest = drawn[drawn.index("<svg") :].partition(">")
-    view = re.search(r'viewBox="[-\d. ]+"', head)
-    assert view is not None
-    rest = re.sub(r"<metadata>.*?</metadata>", "", rest, flags=re.DOTALL)
-    rest = re.sub(r"<[^>]*>", lambda tag: _adapted(tag[0], name), rest)
-    return f'<svg role="img" aria-label="{escape(label)}" {view[0]} style="{size}">{rest}'
-
-
-def _adapted(tag: str, name: str) -> str:
-    """Make an element of a picture one of the page: ids of its own, colours that change, no declarations."""
-    tag = re.sub(r'( id="|xlink:href="#|url\(#)', rf"\g<1>{name}-", tag)
-    for colour, variable in VARIABLES.items():
-        tag = tag.replace(colour, variable)
-    return tag.replace(' xmlns:xlink="http://www.w3.org/1999/xlink"', "")
 
 
 # numbers in words

@@ -30,15 +30,20 @@ __all__ = [
     "FAINT",
     "GAP",
     "INK",
+    "STYLES",
     "Rows",
     "ablation_correlations",
     "ablation_scatter",
     "effective_ranks",
     "estimator_agreement",
+    "fitting_size",
     "layer_types",
+    "plain_name",
     "rank_kinds",
     "sensitivity_map",
     "spectral_decay",
+    "styled",
+    "type_legend",
     "uncertain",
 ]
 
@@ -120,15 +125,15 @@ STYLE: dict[Any, Any] = {
 P = ParamSpec("P")
 
 
-def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     """Draw with the type and the colours that all pictures share."""
 
     @wraps(draw)
-    def styled(*args: P.args, **kwargs: P.kwargs) -> Figure:
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
         with mpl.rc_context(STYLE):
             return draw(*args, **kwargs)
 
-    return styled
+    return drawn
 
 
 def uncertain(value: float, error: float | None) -> bool:
@@ -136,7 +141,7 @@ def uncertain(value: float, error: float | None) -> bool:
     return bool(error) and abs(value - HALF) < ERRORS * (error or 0.0)
 
 
-@_styled
+@styled
 def sensitivity_map(psi: Mapping[str, float], errors: Mapping[str, float]) -> Figure:
     """Draw ψ of each module, blocks across and types of layers down, hatched where it is not told from ½.
 
@@ -152,7 +157,9 @@ def sensitivity_map(psi: Mapping[str, float], errors: Mapping[str, float]) -> Fi
     height, width = len(order), len(place.blocks)
     row_of = {row: index for index, (row, _) in enumerate(order)}
     labels = [label for _, label in order]
-    figure = Figure(figsize=_size(2.6 + 0.56 * width + _beyond(labels), 1.7 + 0.46 * height), layout="constrained")
+    figure = Figure(
+        figsize=fitting_size(2.6 + 0.56 * width + _beyond(labels), 1.7 + 0.46 * height), layout="constrained"
+    )
     axes = figure.subplots()
     colours = ListedColormap(mpl.colormaps["RdBu_r"](np.linspace(0.08, 0.92, 256)))  # the ends are too dark for numbers
     if height * width <= NUMBERED:
@@ -181,7 +188,7 @@ def sensitivity_map(psi: Mapping[str, float], errors: Mapping[str, float]) -> Fi
     return figure
 
 
-@_styled
+@styled
 def layer_types(values: Mapping[str, float], *, label: str, reference: float | None) -> Figure:
     """Draw each module as a dot in the row of its type of layer, with mean and spread.
 
@@ -217,7 +224,7 @@ def layer_types(values: Mapping[str, float], *, label: str, reference: float | N
     return figure
 
 
-@_styled
+@styled
 def spectral_decay(profile: FlowProfile) -> Figure:
     """Draw how values of spectra fall off, σᵢ/σ₁: the median by type of layer, and 10 to 90 % of its modules.
 
@@ -239,7 +246,7 @@ def spectral_decay(profile: FlowProfile) -> Figure:
             axes.plot(index, middle, color=colour, linestyle=dashes, linewidth=1.7)
             lowest, longest = min(lowest, float(np.nanmin(middle))), max(longest, int(index[-1]))
             met.add(name)
-        axes.set_title(TITLES.get(kind, _ascii(kind)))
+        axes.set_title(TITLES.get(kind, plain_name(kind)))
         axes.set_xscale("log")
         axes.set_xlim(1, max(2, longest))
         _plain_ticks(axes, longest)
@@ -254,11 +261,11 @@ def spectral_decay(profile: FlowProfile) -> Figure:
         axes.set_axisbelow(True)
         axes.set_ylabel("gain / largest" if kind == "flow_gains" else "σᵢ / σ₁")
         axes.set_xlabel("i")
-    _type_legend(figure, met)
+    type_legend(figure, met)
     return figure
 
 
-@_styled
+@styled
 def effective_ranks(profile: FlowProfile) -> Figure:
     """Draw effective ranks by block and type of layer, a panel for each of weights, gradients, activations, updates.
 
@@ -295,12 +302,12 @@ def effective_ranks(profile: FlowProfile) -> Figure:
         if len(blocks) < len(values):
             ticks, labels = [*ticks, last + 1], [*labels, "–"]
         axes.set_xticks(ticks, labels)
-        axes.set_title(TITLES.get(kind, _ascii(kind)))
+        axes.set_title(TITLES.get(kind, plain_name(kind)))
         axes.set_ylim(0, 1.08 * max([1.0, *values.values()]))
         axes.grid(axis="y", color=FAINT, alpha=0.25, linewidth=0.6)
         axes.set_xlabel("block")
         axes.set_ylabel("effective rank")
-    _type_legend(figure, met)
+    type_legend(figure, met)
     return figure
 
 
@@ -313,7 +320,7 @@ def rank_kinds(profile: FlowProfile) -> list[str]:
     ])
 
 
-@_styled
+@styled
 def estimator_agreement(estimators: Mapping[str, Mapping[str, float]]) -> Figure:
     """Draw Spearman's ρ between any two estimators over the modules that both know.
 
@@ -324,9 +331,9 @@ def estimator_agreement(estimators: Mapping[str, Mapping[str, float]]) -> Figure
         The picture.
     """
     names = list(estimators)
-    labels = [_ascii(name) for name in names]
+    labels = [plain_name(name) for name in names]
     size = 1.9 + 0.62 * len(names) + _beyond(labels)
-    figure = Figure(figsize=_size(size + 0.9, size), layout="constrained")
+    figure = Figure(figsize=fitting_size(size + 0.9, size), layout="constrained")
     axes = figure.subplots()
     grid = np.full((len(names), len(names)), np.nan)
     for row, first in enumerate(names):
@@ -353,7 +360,7 @@ def estimator_agreement(estimators: Mapping[str, Mapping[str, float]]) -> Figure
     return figure
 
 
-@_styled
+@styled
 def ablation_correlations(rows: Rows, ablations: Mapping[str, str]) -> Figure:
     """Draw how well each estimator ranks modules as an ablation does, with intervals.
 
@@ -364,7 +371,7 @@ def ablation_correlations(rows: Rows, ablations: Mapping[str, str]) -> Figure:
     Returns:
         The picture.
     """
-    figure = Figure(figsize=_size(7.2, 1.5 + 0.56 * len(rows)), layout="constrained")
+    figure = Figure(figsize=fitting_size(7.2, 1.5 + 0.56 * len(rows)), layout="constrained")
     axes = figure.subplots()
     axes.axvline(0, color=FAINT, linewidth=0.8)
     colours = ("#0072b2", "#56b4e9", "#009e73", "#d55e00", "#e69f00", "#b0529f")
@@ -377,7 +384,7 @@ def ablation_correlations(rows: Rows, ablations: Mapping[str, str]) -> Figure:
                 y = row + 0.16 * (index - (len(used) - 1) / 2)
                 axes.plot([low, high], [y, y], color=style["color"], linewidth=1.8, alpha=0.6, solid_capstyle="round")
                 axes.plot([value], [y], linestyle="none", markersize=6, **style)  # type: ignore[arg-type]
-    axes.set_yticks(range(len(rows)), [_ascii(name) for name in rows])
+    axes.set_yticks(range(len(rows)), [plain_name(name) for name in rows])
     axes.set_ylim(len(rows) - 0.45, -0.55)
     axes.set_xlim(min([-0.25, *(found[1] for each in rows.values() for found in each.values())]) - 0.03, 1.03)
     axes.grid(axis="x", color=FAINT, alpha=0.25, linewidth=0.6)
@@ -392,7 +399,7 @@ def ablation_correlations(rows: Rows, ablations: Mapping[str, str]) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def ablation_scatter(
     psi: Mapping[str, float],
     errors: Mapping[str, float],
@@ -435,7 +442,7 @@ def ablation_scatter(
         axes.set_axisbelow(True)
         axes.set_xlabel("ψ")
         axes.set_ylabel("loss change per 1,000 parameters" if known else "change of the loss")
-    _type_legend(figure, met, lines=False)
+    type_legend(figure, met, lines=False)
     return figure
 
 
@@ -466,7 +473,7 @@ def _rows(
         count[kind] += 1
     order = sorted(type_of, key=lambda row: (LAYER_TYPES.index(type_of[row]), row))
     alone = {row for row in order if count[type_of[row]] == 1 and type_of[row] != "other"}
-    return [(row, type_of[row] if row in alone else _ascii(kinds[row])) for row in order]
+    return [(row, type_of[row] if row in alone else plain_name(kinds[row])) for row in order]
 
 
 def _by_type(values: Mapping[str, object]) -> dict[str, list[str]]:
@@ -523,7 +530,8 @@ def _grid(figure: Figure, count: int) -> Iterator[Axes]:
             axes.remove()
 
 
-def _type_legend(figure: Figure, met: set[str], *, lines: bool = True) -> None:
+def type_legend(figure: Figure, met: set[str], *, lines: bool = True) -> None:
+    """Say below the panels how the types of layers are drawn."""
     handles = []
     for kind in LAYER_TYPES:
         if kind in met:
@@ -549,7 +557,8 @@ def _power(value: float, position: float) -> str:
     return f"{value:g}" if exponent > -3 else "10⁻" + "⁰¹²³⁴⁵⁶⁷⁸⁹"[-exponent]
 
 
-def _size(width: float, height: float) -> tuple[float, float]:
+def fitting_size(width: float, height: float) -> tuple[float, float]:
+    """Return a figure's size in inches, cut to what a page can hold."""
     return min(width, MAX_SIDE), min(height, MAX_SIDE)
 
 
@@ -558,7 +567,7 @@ def _short(value: float) -> str:
     return f"{value:.2f}".removeprefix("0") if 0 <= value < 0.995 else f"{value:.2f}"
 
 
-def _ascii(name: str) -> str:
+def plain_name(name: str) -> str:
     """Write a name so that every font has its characters; of a long one the end."""
     written = printable(name).encode("ascii", "backslashreplace").decode("ascii")
     return written if len(written) <= LABEL else f"...{written[3 - LABEL :]}"

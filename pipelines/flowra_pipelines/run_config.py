@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from flowra_pipelines.errors import UserError
 
 __all__ = [
+    "POLICY_KEYS",
     "AdapterConfig",
     "AllocationConfig",
     "CalibrationConfig",
@@ -39,6 +40,20 @@ SAID_OF_YAML = {
     "invalid_key": "must be a word",
 }
 UNION = {"str", "int"}
+TRIPLET_POLICIES = frozenset({"flexlora", "flexlora_compat", "adalora"})
+"""Policies whose updates are B diag(E) A; those of the others are B A."""
+TRIPLET_KEYS = frozenset({"start", "freeze", "interval", "back_end", "orthogonality"})
+POLICY_KEYS: Mapping[str, frozenset[str]] = {
+    "none": frozenset({"start"}),
+    "breathe": frozenset({"start", "freeze", "events", "observe", "share"}),
+    "shrink": frozenset({"start", "freeze", "events", "observe", "measure", "kappa"}),
+    "flexlora": TRIPLET_KEYS | {"b0", "metric", "moves", "initialisation", "share"},
+    "flexlora_compat": TRIPLET_KEYS | {"b0"},
+    "adalora": TRIPLET_KEYS | {"kappa"},
+}
+"""What counts with each policy; another key of ``refinement`` is refused."""
+KAPPA: Mapping[str, float] = {"shrink": 2.0, "adalora": 1.5}
+"""κ by default: the packages' own."""
 
 
 class Section(BaseModel):
@@ -175,20 +190,83 @@ class AllocationConfig(Section):
 
 
 class RefinementConfig(Section):
-    """When rank moves between modules."""
+    """Which policy moves rank between modules, and when."""
 
-    policy: Literal["breathe", "none"] = "breathe"
-    """``breathe`` moves rank inside the budget; ``none`` trains on at the planned ranks."""
+    policy: Literal["breathe", "shrink", "flexlora", "flexlora_compat", "adalora", "none"] = "breathe"
+    """``breathe`` moves rank inside the budget; ``shrink`` and ``adalora`` start above it and end inside it;
+    ``flexlora`` prunes and expands by entropy; ``flexlora_compat`` does as its published code; ``none`` trains on at
+    the planned ranks."""
     start: Annotated[float, Field(gt=0, lt=1)] = 0.4
     """Share of T at which refinement begins; ``train`` runs from the probe's end to here."""
     freeze: Annotated[float, Field(gt=0, lt=1)] = 0.7
     """Share of T after which ranks stay."""
-    events: Annotated[int, Field(ge=2)] = 4
-    """Number of events from start to freeze; rank moves at all but the last."""
+    events: Annotated[int, Field(ge=1)] = 4
+    """Number of events from start to freeze; for ``breathe`` (at least 2, rank moves at all but the last) and
+    ``shrink``."""
     share: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Part of the budget that changes hands at an event."""
+    """Part of the budget that changes hands at an event of ``breathe``, or that the plan leaves free for ``flexlora``
+    with ``moves`` expand."""
     observe: Annotated[int, Field(ge=1)] = 4
-    """Steps before an event on which statistics are gathered; at most those since the event before."""
+    """Steps before an event on which statistics are gathered, at most those since the event before; for ``breathe``,
+    and ``shrink`` by flow."""
+    measure: Literal["flow", "magnitude"] = "flow"
+    """What a direction is worth: the loss without it, by bottleneck Grams, or its norm; for ``shrink``."""
+    kappa: Annotated[float, Field(gt=1)] | None = None
+    """κ: the plan spends κ times the budget, and rank falls from there; for ``shrink``, by default 2, and ``adalora``,
+    by default 1.5."""
+    interval: Annotated[int, Field(ge=1)] = 10
+    """Steps between events; for ``flexlora``, ``flexlora_compat`` and ``adalora``."""
+    b0: Annotated[int, Field(ge=1)] = 4
+    """Modules that lose and gain a direction at the first event, fewer at later ones; for ``flexlora`` and
+    ``flexlora_compat``."""
+    metric: Literal["entropy", "nuclear", "frobenius", "sensitivity", "elem_energy", "mat_energy"] = "entropy"
+    """What modules are compared by; for ``flexlora``."""
+    moves: Literal["both", "prune", "expand"] = "both"
+    """What an event does; for ``flexlora``."""
+    initialisation: Literal["zero_impact", "small", "zero", "orthogonal"] = "zero_impact"
+    """What new directions are; for ``flexlora`` that expands."""
+    back_end: Literal["resized", "masked"] = "resized"
+    """``resized`` makes tensors anew, so that memory falls with the rank; ``masked`` keeps their shapes and masks what
+    has left; for ``flexlora``, ``flexlora_compat`` and ``adalora``."""
+    orthogonality: Annotated[float, Field(ge=0)] = 0.1
+    """Weight of the penalty that keeps directions near orthonormal; for ``flexlora``, ``flexlora_compat`` and
+    ``adalora``. 0 switches it off."""
+
+    @model_validator(mode="after")
+    def _options_of_the_policy(self) -> "RefinementConfig":
+        """Check that no option is without effect."""
+        unused = self.model_fields_set - POLICY_KEYS[self.policy] - {"policy"}
+        for key in type(self).model_fields:
+            if key in unused:
+                raise ValueError(f"refinement.{key} has no effect with refinement.policy {self.policy}")
+        for key, other, value in (
+            ("observe", "measure", "magnitude"),
+            ("initialisation", "moves", "prune"),
+            ("share", "moves", "prune"),
+            ("share", "moves", "both"),
+        ):
+            if key in self.model_fields_set and self.policy != "breathe" and getattr(self, other) == value:
+                raise ValueError(f"refinement.{key} has no effect with refinement.{other} {value}")
+        return self
+
+    @property
+    def method(self) -> Literal["lora", "svd", "svd_masked"]:
+        """Adapter method of the updates from ``train`` on: pairs, or triplets in one of their back ends."""
+        if self.policy not in TRIPLET_POLICIES:
+            return "lora"
+        return "svd" if self.back_end == "resized" else "svd_masked"
+
+    @property
+    def penalty(self) -> float:
+        """Weight of the penalty for directions that are not orthonormal; 0 for pairs, which need not be."""
+        return 0.0 if self.method == "lora" else self.orthogonality
+
+    @property
+    def plan_factor(self) -> float:
+        """What the plan spends, as a multiple of the budget."""
+        if self.policy in KAPPA:
+            return self.kappa or KAPPA[self.policy]
+        return 1 - self.share if self.policy == "flexlora" and self.moves == "expand" else 1.0
 
 
 class ExtraAdapter(Section):
@@ -269,13 +347,14 @@ class RunConfig(Section):
     def _phases_in_order(self) -> "RunConfig":
         """Check that every phase of the schedule has at least one step, and no option is without effect."""
         probe, start, freeze = self.probe_steps, self.refinement_start, self.refinement_freeze
-        if not 0 < probe < start < freeze <= self.training.steps:
+        moving = self.refinement.policy != "none"
+        if not 0 < probe < start < (freeze if moving else self.training.steps) <= self.training.steps:
             raise ValueError(
                 "phases must follow one another, got probe to step"
                 f" {probe}, train to {start}, ranks frozen at {freeze} of {self.training.steps}"
             )
-        if self.refinement.policy == "breathe" and (freeze - start) // self.refinement.events < 1:
-            raise ValueError(f"refinement.events must be at most {freeze - start}, got {self.refinement.events}")
+        if moving:
+            _check_that_events_fire(self.refinement, freeze - start)
         if self.data.test is None and "test_split" in self.data.model_fields_set:
             raise ValueError("data.test_split has no effect without data.test")
         if self.data.test is not None and "test_fraction" in self.data.model_fields_set:
@@ -324,6 +403,27 @@ class RunConfig(Section):
     def tracking_uri(self) -> str:
         """MLflow tracking URI."""
         return self.tracking.uri or f"sqlite:///{Path(self.output_root).absolute() / 'mlflow.db'}"
+
+
+def _check_that_events_fire(refinement: RefinementConfig, steps: int) -> None:
+    """Refuse a schedule that has no room in the steps from start to freeze."""
+    between = f"the {steps} steps from refinement.start to refinement.freeze"
+    if "events" in POLICY_KEYS[refinement.policy]:
+        if refinement.policy == "breathe" and refinement.events < 2:
+            raise ValueError("refinement.events must be at least 2 with breathe, for the last admits nothing, got 1")
+        if refinement.events > steps:
+            raise ValueError(f"refinement.events must be at most {steps}, got {refinement.events}")
+    elif "b0" in POLICY_KEYS[refinement.policy] and refinement.interval >= steps:
+        raise ValueError(
+            f"refinement.interval must be less than {between}, got {refinement.interval}: no event would fall there"
+        )
+    if "b0" in POLICY_KEYS[refinement.policy]:
+        share = refinement.interval / steps
+        if round(refinement.b0 * (1 - share**3)) < 1:  # docs/methods.md, section 7: it falls from event to event
+            raise ValueError(
+                f"refinement.b0 must be at least 1 after its decay at the first event, {refinement.interval} steps"
+                f" into {between}, got {refinement.b0}. Raise it, or lower refinement.interval."
+            )
 
 
 def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:

@@ -63,7 +63,8 @@ def test_a_percentage_is_rounded_down() -> None:
     ["", "%", "much", "-5", "-1%", "1e3", "5 6", "0x10", "nan", "inf%", True, "1,5%", "MB", "1.2.3M", "٣k", "1 _k"],
 )
 def test_what_is_not_a_budget_is_refused(budget: str | int) -> None:
-    message = f"budget must be like '0.1%', 22713, '300k', '1.5M', '2MB' or 'like r=8 on q,v', got {budget!r}"
+    forms = "'0.1%', 22713, '300k', '1.5M', '2MB', 'like r=8 on q,v' or 'same as <plan or adapter>'"
+    message = f"budget must be like {forms}, got {budget!r}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         parse_budget(budget, base_parameters=BASE)
 
@@ -219,6 +220,32 @@ def test_a_budget_below_one_parameter_is_refused(budget: str | int) -> None:
 def test_misplaced_underscores_are_refused_in_the_words_of_the_budget(budget: str) -> None:
     with pytest.raises(ValueError, match=r"^budget must be"):
         parse_budget(budget, base_parameters=BASE)
+
+
+# same as …
+
+
+@pytest.mark.parametrize("budget", ["same as runs/a b", "  same   as  runs/a b "])
+def test_a_budget_can_be_that_of_a_plan_or_an_adapter(budget: str) -> None:
+    assert parse_budget(budget, base_parameters=1, parameters_of={"runs/a b": 57_600}.__getitem__) == 57_600
+
+
+@pytest.mark.parametrize("budget", ["same", "same as", "sameas x", "same r=8"])
+def test_a_sameness_that_is_not_complete_is_refused(budget: str) -> None:
+    with pytest.raises(
+        ValueError, match=re.escape(f"must be 'same as <path of a plan or an adapter>', got {budget!r}")
+    ):
+        parse_budget(budget, base_parameters=1, parameters_of=len)
+
+
+def test_a_sameness_without_a_reader_says_what_to_give() -> None:
+    with pytest.raises(ValueError, match=r"got 'same as x'\. Give parameters_of"):
+        parse_budget("same as x", base_parameters=BASE)
+
+
+def test_the_same_as_nothing_is_no_budget() -> None:
+    with pytest.raises(ValueError, match="budget must be at least one parameter, got 'same as x', which has 0"):
+        parse_budget("same as x", base_parameters=BASE, parameters_of=lambda path: 0)
 
 
 def test_the_example_of_the_docstring_runs() -> None:

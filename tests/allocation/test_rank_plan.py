@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import flowra_allocation.rank_plan
+import flowra_allocation.planning
 from flowra_allocation import ModulePlan, RankPlan, allocate, read_plan, write_plan
 from flowra_allocation.rank_plan import MAX_PLAN_BYTES
 
@@ -208,4 +208,4 @@ def test_a_plan_with_a_value_of_the_wrong_kind_is_refused_in_one_line(name: str,
 
 
 def test_the_example_of_the_docstring_runs() -> None:
-    assert doctest.testmod(flowra_allocation.rank_plan).failed == 0
+    assert doctest.testmod(flowra_allocation.planning).failed == 0

@@ -303,7 +303,6 @@ def untouched(rig: Rig, operation: str, optimizer: Optimizer, words: str) -> Non
         (torch.optim.RMSprop, "square_avg"),
         (torch.optim.Adagrad, "sum"),
         (torch.optim.Adamax, "exp_inf"),
-        (torch.optim.Adafactor, "row_var"),
     ],
 )
 @OPERATION
@@ -313,7 +312,7 @@ def test_an_unknown_optimiser_state_is_refused_before_anything_changes(
     rig = Rig()
     rig.optimizer = build(list(rig.parameters()))
     rig.step()
-    untouched(rig, operation, rig.optimizer, rf"optimizer state must be moments of AdamW or SGD, got \['{unknown}'")
+    untouched(rig, operation, rig.optimizer, rf"optimizer state must be moments .* got \['{unknown}'")
 
 
 @OPERATION

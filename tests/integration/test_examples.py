@@ -35,10 +35,25 @@ def check_profile(out: Path) -> None:
     assert all(module.statistics["fisher_trace"] > 0 for module in profile.modules.values())
 
 
+def check_refinement(out: Path) -> None:
+    found = read_checkpoint(out / "adapter")
+    ranks = [found.rank(name) for name in found.factors]
+    assert len(set(ranks)) > 1
+    assert set(found.scalings.values()) == {2.0}
+
+
+def check_resumed(out: Path) -> None:
+    whole = {path.name: path.read_bytes() for path in (out / "checkpoint-30").iterdir()}
+    assert len(whole) == 5
+    assert whole == {path.name: path.read_bytes() for path in (out / "resumed").iterdir()}
+
+
 CHECKS: dict[str, Callable[[Path], None]] = {
     "allocate_by_hand": check_allocation,
     "merge_adapters": check_merge,
     "profile_a_model": check_profile,
+    "refine_a_peft_model": check_refinement,
+    "resume_refinement": check_resumed,
 }
 
 
@@ -53,7 +68,7 @@ def test_an_example_runs_in_a_fresh_process_and_writes_what_it_says(name: str, t
         [sys.executable, "-W", "error", "-B", str(EXAMPLES / f"{name}.py"), str(out)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,  # of which most is imports, where the machine is busy
         cwd=tmp_path,
         env=os.environ | OFFLINE,
         check=False,

@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,17 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from flowra_adapters import AdapterCheckpoint, LoRA, attach, read_checkpoint, save_adapter, write_checkpoint
-from flowra_allocation import RankEvent, RankHistory, allocate, read_plan, write_plan
+from flowra_allocation import (
+    Breathe,
+    RankEvent,
+    RankHistory,
+    RefinementSchedule,
+    Refiner,
+    allocate,
+    read_plan,
+    write_plan,
+)
+from flowra_allocation.refinement_files import read_refinement_state
 from flowra_analysis import FlowProfile, ModuleProfile, read_profile, write_profile
 from flowra_compose import AdapterState, LowRankUpdate, read_adapter, write_adapter
 from flowra_pipelines.run_config import RunConfig, load_config
@@ -33,10 +43,12 @@ SCHEMAS = {  # of what runs write; that of run configurations is tested beside t
     for path in sorted(FORMATS.glob("*.schema.json"))
     if path.name != "run_config.schema.json"
 }
+NOT_OF_A_RUN = {"refinement_state"}  # written by training loops of one's own
 READERS: dict[str, Callable[[Path], object]] = {
     "profile": read_profile,
     "plan": read_plan,
     "training_state": read_training_state,
+    "refinement_state": read_refinement_state,
 }
 WIDER: dict[str, Any] = {  # what flowra_adapters reads and nothing composes
     "peft_type": "ADALORA",
@@ -98,7 +110,22 @@ def artifacts(run: RunConfig, tmp_path: Path) -> dict[str, Path]:
     for name, folder in folders.items():
         shutil.copytree(run.folder / folder, tmp_path / name, ignore=shutil.ignore_patterns("*.png"))
         copied[name] = tmp_path / name / f"{name}.json"
-    return copied
+    refinement().save(tmp_path / "refinement_state")
+    return copied | {"refinement_state": tmp_path / "refinement_state" / "refinement_state.json"}
+
+
+def refinement() -> Refiner:
+    """Return a refinement that has been watching a step."""
+    model = mlp()
+    layers: Mapping[str, Any] = attach(model, {"up": 2, "down": 2}, method="svd_masked")
+    costs = {name: layer.cost_per_rank for name, layer in layers.items()}
+    policy = Breathe(schedule=RefinementSchedule(start=0, freeze=6, events=2, observe=3))
+    caps = dict.fromkeys(layers, 4)
+    refiner = Refiner(model, layers, policy=policy, costs=costs, caps=caps, budget=2 * sum(costs.values()))
+    refiner.before_step(0)
+    model(torch.ones(3, 8)).sum().backward()
+    refiner.after_step(1, None)
+    return refiner
 
 
 # the schemas themselves
@@ -128,7 +155,7 @@ def test_every_file_of_a_run_follows_its_schema(run: RunConfig) -> None:
             seen.add(path.stem)
         else:
             assert path.name == "check.json" or path.parent.name == "model"
-    assert seen == SCHEMAS.keys()
+    assert seen == SCHEMAS.keys() - NOT_OF_A_RUN
 
 
 def test_every_stage_leaves_the_files_that_the_page_lists(run: RunConfig) -> None:
@@ -181,7 +208,14 @@ def test_another_version_is_refused_by_schema_and_reader(name: str, artifacts: d
         assert read_record(path.parent) is None
 
 
-@pytest.mark.parametrize("name", ["profile", "plan", "training_state", "stage"])
+def test_a_refinement_s_state_follows_its_schema_and_its_history_that_of_histories(artifacts: dict[str, Path]) -> None:
+    content = load(artifacts["refinement_state"])
+    validator("refinement_state").validate(content)
+    validator("rank_history").validate(content["history"])
+    assert content["processes"] == 1
+
+
+@pytest.mark.parametrize("name", ["profile", "plan", "training_state", "refinement_state", "stage"])
 def test_every_required_key_is_required_by_the_reader_too(name: str, artifacts: dict[str, Path]) -> None:
     path = artifacts[name]
     whole = load(path)

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from flowra_pipelines.cli import main
 from flowra_pipelines.config_commands import config_schema, keys, schema_text
-from flowra_pipelines.run_config import RunConfig, load_config
+from flowra_pipelines.run_config import POLICY_KEYS, RefinementConfig, RunConfig, load_config
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "docs" / "formats" / "run_config.schema.json"
@@ -129,7 +129,10 @@ def test_a_key_is_shown_in_full(config: Run) -> None:
 
 @pytest.mark.parametrize("key", [key for key, field in LEAVES.items() if not field.is_required() and "[]" not in key])
 def test_the_yaml_and_the_option_of_a_key_give_its_default(key: str, config: Run) -> None:
-    if key in {"data.test_split", "data.test_fraction"}:
+    of_other_policies = {f"refinement.{each}" for each in RefinementConfig.model_fields} - {
+        f"refinement.{each}" for each in (*POLICY_KEYS["breathe"], "policy")
+    }
+    if key in {"data.test_split", "data.test_fraction"} | of_other_policies:
         return  # without effect beside the minimum
     lines = {line[2:11].strip(): line[11:] for line in config("explain", key).splitlines()}
     given = {

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from flowra_allocation import read_plan
 from flowra_analysis import read_profile, write_profile
-from flowra_pipelines import plots
+from flowra_pipelines import plots, refinement_figures
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.run_config import RunConfig, load_config
 from flowra_pipelines.stages.calibrate import read_grams
@@ -166,6 +166,24 @@ def directions_dropped(run: Run) -> list[int]:
     return [sum(event["dropped"].values()) for event in events]
 
 
+def parameters_over_time(run: Run) -> list[int]:
+    found = run.read("refine/rank_history.json")
+    return [found["peak"], *(event["parameters"] for event in found["events"])]
+
+
+def scores_of_modules(run: Run) -> object:
+    return run.read("refine/rank_history.json")["events"][0]["importance"]
+
+
+def files_to_train_on(run: Run) -> set[str]:
+    return {path.name for path in (run.config.folder / "refine" / "adapter").iterdir()}
+
+
+def kinds_of_updates(run: Run) -> set[str]:
+    sites = run.read("refine/adapter/flowra_config.json")["sites"]
+    return {site["method"] for site in sites.values()}
+
+
 def rank_moves(run: Run) -> bool:
     return (run.config.folder / "refine" / "rank_history.json").exists()
 
@@ -224,6 +242,16 @@ def known_gains(run: RunConfig, *, budget: int) -> None:
     write_profile(changed, run.folder / "calibrate")
 
 
+def rank_to_exchange(run: RunConfig) -> None:
+    """Put into the profile that both directions of six layers are worth much, so that the plan gives them rank 2."""
+    profile = read_profile(run.folder / "calibrate")
+    cheapest = sorted(profile.modules, key=lambda name: (profile.modules[name].cost_per_rank, name))[:6]
+    gains = {name: torch.full((2,), 2.0 if name in cheapest else 1.0, dtype=torch.float64) for name in profile.modules}
+    write_profile(
+        dataclasses.replace(profile, spectra={**profile.spectra, "flow_gains": gains}), run.folder / "calibrate"
+    )
+
+
 # the table
 
 
@@ -243,6 +271,8 @@ class Row:
     """What must be set for the key to apply; in the unchanged run, too."""
     along: Mapping[str, object] = field(default_factory=dict)
     """What cannot but change together with the key."""
+    without: Sequence[str] = ()
+    """Keys of ``BASE`` that would have no effect with these; left out of both runs."""
     prepare: Callable[[RunConfig], None] | None = None
     """Puts inputs of the stages into a known state; of the unchanged run's, too."""
 
@@ -251,6 +281,17 @@ ALONE = {"evaluation.baselines": []}
 EXTRA = {"merge.extra": [{"path": "first"}]}
 NO_EFFECT = "no effect"
 LANGUAGE = {"model.path": "llama", "model.task": "causal_lm", "evaluation.baselines": ["base"]}
+
+TO_REFINE = ("allocate", "train", "refine")
+OF_BREATHE = ("refinement.events", "refinement.observe", "refinement.share")
+SHRINK = {"refinement.policy": "shrink"}
+FLEXLORA = {"refinement.policy": "flexlora", "refinement.interval": 2, "refinement.b0": 2}
+IN_FLEXLORA: dict[str, Any] = {
+    "stages": TO_REFINE,
+    "beside": FLEXLORA,
+    "without": OF_BREATHE,
+    "prepare": rank_to_exchange,
+}
 
 ROWS = (
     Row("name", "another", folders_of_runs),
@@ -324,12 +365,57 @@ ROWS = (
     Row("validation.examples", 16, loss_changes, stages=("validate",), beside={"validation.retrained": 0}),
     Row("validation.retrained", 1, modules_trained_alone, stages=("validate",), beside={"validation.retrained": 0}),
     Row("allocation.solver", "exact", planned_ranks, stages=("allocate",), prepare=partial(known_gains, budget=96)),
-    Row("refinement.policy", "none", rank_moves, stages=("refine",)),
+    Row("refinement.policy", "none", rank_moves, stages=("refine",), without=OF_BREATHE),
+    Row("refinement.policy", "shrink", parameters_over_time, stages=TO_REFINE, without=("refinement.share",)),
+    Row("refinement.policy", "adalora", files_to_train_on, stages=TO_REFINE, without=OF_BREATHE),
+    Row(
+        "refinement.policy",
+        "flexlora",
+        files_to_train_on,
+        stages=TO_REFINE,
+        without=OF_BREATHE,
+        along={"refinement.interval": 2},
+        prepare=rank_to_exchange,
+    ),
+    Row(
+        "refinement.policy",
+        "flexlora_compat",
+        refined,
+        stages=TO_REFINE,
+        without=OF_BREATHE,
+        beside=FLEXLORA,
+        prepare=rank_to_exchange,
+    ),
     Row("refinement.start", 0.5, trained, stages=("train",)),
     Row("refinement.freeze", 0.9, steps_of_events, stages=("refine",)),
     Row("refinement.events", 3, steps_of_events, stages=("refine",)),
     Row("refinement.share", 0.7, directions_dropped, stages=("refine",)),
+    Row("refinement.share", 0.5, planned_ranks, **IN_FLEXLORA | {"beside": {**FLEXLORA, "refinement.moves": "expand"}}),
     Row("refinement.observe", 1, refined, stages=("refine",)),
+    Row(
+        "refinement.measure",
+        "magnitude",
+        refined,
+        stages=TO_REFINE,
+        beside=SHRINK,
+        without=("refinement.share", "refinement.observe"),
+    ),
+    Row("refinement.kappa", 1.3, planned_ranks, stages=("allocate",), beside=SHRINK, without=("refinement.share",)),
+    Row("refinement.interval", 3, steps_of_events, **IN_FLEXLORA),
+    Row("refinement.b0", 1, directions_dropped, **IN_FLEXLORA),
+    Row("refinement.metric", "nuclear", scores_of_modules, **IN_FLEXLORA),
+    Row("refinement.metric", "frobenius", scores_of_modules, **IN_FLEXLORA),
+    Row("refinement.metric", "sensitivity", scores_of_modules, **IN_FLEXLORA),
+    Row("refinement.metric", "elem_energy", scores_of_modules, **IN_FLEXLORA),
+    Row("refinement.metric", "mat_energy", scores_of_modules, **IN_FLEXLORA),
+    Row("refinement.moves", "prune", parameters_over_time, **IN_FLEXLORA),
+    Row("refinement.moves", "expand", directions_dropped, **IN_FLEXLORA),
+    Row("refinement.initialisation", "small", refined, **IN_FLEXLORA),
+    Row("refinement.initialisation", "zero", refined, **IN_FLEXLORA),
+    Row("refinement.initialisation", "orthogonal", refined, **IN_FLEXLORA),
+    Row("refinement.back_end", "masked", kinds_of_updates, **IN_FLEXLORA),
+    Row("refinement.orthogonality", 0.5, trained, **IN_FLEXLORA | {"stages": ("allocate", "train")}),
+    Row("refinement.orthogonality", 0, refined, **IN_FLEXLORA),
     Row("merge.extra", [{"path": "first"}], merged, stages=("merge",)),
     Row("merge.extra[].path", "second", merged, stages=("merge",), beside=EXTRA),
     Row("merge.extra[].weight", 0.5, merged, stages=("merge",), beside=EXTRA),
@@ -365,6 +451,26 @@ ROWS = (
     Row("tracking.uri", "sqlite:///tracked.db", experiments_by_database, stages=("track",)),
     Row("tracking.experiment", "another", experiments_by_database, stages=("track",)),
     # switched off by another key: refused when the configuration is read
+    Row("refinement.kappa", 1.5, refused=NO_EFFECT, stages=()),
+    Row("refinement.interval", 5, refused=NO_EFFECT, stages=()),
+    Row("refinement.share", 0.2, refused=NO_EFFECT, stages=(), beside=FLEXLORA, without=OF_BREATHE),
+    Row("refinement.events", 3, refused=NO_EFFECT, stages=(), beside={"refinement.policy": "none"}, without=OF_BREATHE),
+    Row(
+        "refinement.observe",
+        3,
+        refused=NO_EFFECT,
+        stages=(),
+        beside={**SHRINK, "refinement.measure": "magnitude"},
+        without=OF_BREATHE,
+    ),
+    Row(
+        "refinement.initialisation",
+        "small",
+        refused=NO_EFFECT,
+        stages=(),
+        beside={**FLEXLORA, "refinement.moves": "prune"},
+        without=OF_BREATHE,
+    ),
     Row("data.test_split", "dev", refused=NO_EFFECT, stages=()),
     Row("data.test_fraction", 0.5, refused=NO_EFFECT, stages=(), beside={"data.test": "test.csv"}),
     Row("data.label", "tone", refused=NO_EFFECT, stages=(), beside=LANGUAGE),
@@ -383,11 +489,25 @@ def title(each: Row) -> str:
     return each.key if len(alike) == 1 else f"{each.key}={each.value}"
 
 
+def base_of(each: Row) -> dict[str, object]:
+    """Return the unchanged run of a row."""
+    return {**{key: value for key, value in BASE.items() if key not in each.without}, **each.beside}
+
+
 def in_training(each: Row) -> bool:
     return each.key.startswith("training.") and each.refused is None
 
 
-CHANGING = [pytest.param(each, id=title(each)) for each in ROWS if each.refused is None]
+def trains_anew(each: Row) -> bool:
+    """Tell whether nothing of the unchanged run can be reused from the plan on."""
+    return each.stages == TO_REFINE
+
+
+CHANGING = [
+    pytest.param(each, id=title(each), marks=[pytest.mark.slow] if trains_anew(each) else [])
+    for each in ROWS
+    if each.refused is None
+]
 LATER = [
     pytest.param(stage, each, id=f"{stage}-{title(each)}")
     for stage, others in {
@@ -521,6 +641,8 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         for name in plots.__all__:
             patch.setattr(plots, name, Mock())  # half of the time, and no key is about pictures
+        for name in ("rank_over_time", "budget_path", "magnitude_and_entropy"):
+            patch.setattr(refinement_figures, name, Mock())
         for name in ("calibrate", "validate"):
             patch.setattr(import_module(f"flowra_pipelines.stages.{name}"), "profile_report", lambda *_: ({}, "a page"))
         torch.set_num_threads(1)
@@ -588,7 +710,7 @@ def run(flat: Mapping[str, object], stages: Sequence[str], scored: list[int] | N
 @pytest.mark.parametrize("row", CHANGING)
 def test_a_key_changes_an_outcome(row: Row, scored: list[int]) -> None:
     assert row.shows is not None
-    unchanged = {**BASE, **row.beside}
+    unchanged = base_of(row)
     if row.prepare is not None:
         row.prepare(load_config(nested(unchanged)))
     first = run(unchanged, row.stages, scored)
@@ -635,13 +757,13 @@ def test_a_stage_after_a_calibration_without_a_proposal_is_refused(scored: list[
 
 @pytest.mark.parametrize("row", REFUSED)
 def test_a_key_is_refused_where_it_cannot_apply(row: Row, scored: list[int]) -> None:
-    run({**BASE, **row.beside}, row.stages)
+    run(base_of(row), row.stages)
     with pytest.raises(UserError, match=row.refused):
         run_what_should_be_refused(row)
 
 
 def run_what_should_be_refused(row: Row) -> None:
-    run({**BASE, **row.beside, row.key: row.value}, row.stages)
+    run({**base_of(row), row.key: row.value}, row.stages)
     pytest.fail(f"{row.key} must be refused where it cannot apply, got {row.value!r} accepted, beside {row.beside}")
 
 

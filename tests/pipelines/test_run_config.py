@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from flowra_adapters import attach
-from flowra_allocation import Breathe, RefinementSchedule, allocate
+from flowra_allocation import AdaLoRA, Breathe, FlexLoRA, FlexLoRASchedule, RefinementSchedule, Shrink, allocate
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.run_config import AdapterConfig, RefinementConfig, RunConfig, load_config, read_content
 
@@ -15,7 +15,7 @@ MINIMAL: dict[str, Any] = {"name": "one", "model": {"path": "m"}, "data": {"trai
 
 def test_every_choice_is_a_word_that_yaml_reads_as_text() -> None:
     for key, choices in {
-        "refinement.policy": ("breathe", "none"),
+        "refinement.policy": ("breathe", "shrink", "flexlora", "flexlora_compat", "adalora", "none"),
         "training.schedule": ("linear", "cosine", "constant"),
         "model.task": ("sequence_classification", "regression", "causal_lm"),
     }.items():
@@ -35,6 +35,16 @@ def test_defaults_are_those_of_the_packages() -> None:
     schedule = RefinementSchedule(start=0, freeze=100)
     share = Breathe(schedule=schedule).share
     assert (refinement.events, refinement.share, refinement.observe) == (schedule.events, share, schedule.observe)
+    shrink, flexlora = (
+        Shrink(schedule=schedule),
+        FlexLoRA(schedule=FlexLoRASchedule(total_steps=100, warmup=0, final=0, interval=10, b0=refinement.b0)),
+    )
+    assert refinement.measure == shrink.measure
+    assert load_config(MINIMAL, ["refinement.policy=shrink"]).refinement.plan_factor == shrink.kappa
+    adalora = AdaLoRA(total_steps=100, tinit=0, tfinal=0, delta_t=1)
+    assert load_config(MINIMAL, ["refinement.policy=adalora"]).refinement.plan_factor == adalora.kappa
+    for key in ("metric", "moves", "initialisation"):
+        assert getattr(refinement, key) == getattr(flexlora, key)
     assert inspect.signature(allocate).parameters["sensitivity_threshold"].default == (
         RunConfig.model_fields["sensitivity_threshold"].default
     )
@@ -52,6 +62,17 @@ def test_defaults_are_those_of_the_packages() -> None:
         ("training.steps=1", r"training\.steps must be greater than or equal to 10, got 1"),
         ("calibration.probe_fraction=0.5", r"phases must follow one another, got probe to step 100, train to 80"),
         ("refinement.events=1000", r"refinement\.events must be at most 60, got 1000"),
+        ("refinement={policy: breathe, events: 1}", r"refinement\.events must be at least 2 with breathe, .* got 1"),
+        ("refinement={policy: shrink, events: 61}", r"refinement\.events must be at most 60, got 61"),
+        (
+            "refinement={policy: flexlora, interval: 60}",
+            r"refinement\.interval must be less than the 60 steps from refinement\.start to .*freeze, got 60",
+        ),
+        (
+            "refinement={policy: flexlora, interval: 50, b0: 1}",
+            r"refinement\.b0 must be at least 1 after its decay at the first event, 50 steps into the 60 .* got 1",
+        ),
+        ("refinement={policy: breathing}", r"refinement\.policy must be 'breathe', 'shrink', .* got 'breathing'"),
         ("data.test_split=dev", r"data\.test_split has no effect without data\.test"),
         ("name=../up", r"name must match pattern"),
         ("training", r"override must be key=value, got 'training'"),
@@ -83,6 +104,58 @@ def test_options_without_effect_are_refused() -> None:
         load_config(number, ["data.labels=[a, b]"])
     with pytest.raises(UserError, match=r"data\.test_fraction has no effect with data\.test"):
         load_config(MINIMAL, ["data.test=t.csv", "data.test_fraction=0.5"])
+
+
+@pytest.mark.parametrize(
+    ("refinement", "key"),
+    [
+        ({"policy": "none", "freeze": 0.8}, "freeze"),
+        ({"policy": "breathe", "kappa": 2.0}, "kappa"),
+        ({"policy": "breathe", "orthogonality": 0.1}, "orthogonality"),
+        ({"policy": "shrink", "share": 0.1}, "share"),
+        ({"policy": "adalora", "b0": 4}, "b0"),
+        ({"policy": "adalora", "events": 4}, "events"),
+        ({"policy": "flexlora", "kappa": 2.0}, "kappa"),
+        ({"policy": "flexlora_compat", "metric": "entropy"}, "metric"),
+    ],
+)
+def test_an_option_of_another_policy_is_refused(refinement: dict[str, Any], key: str) -> None:
+    message = rf"refinement\.{key} has no effect with refinement\.policy {refinement['policy']}"
+    with pytest.raises(UserError, match=message):
+        load_config({**MINIMAL, "refinement": refinement})
+
+
+def test_options_of_one_policy_switch_each_other_off() -> None:
+    shrink = {**MINIMAL, "refinement": {"policy": "shrink", "measure": "magnitude", "observe": 2}}
+    with pytest.raises(UserError, match=r"refinement\.observe has no effect with refinement\.measure magnitude"):
+        load_config(shrink)
+    with pytest.raises(UserError, match=r"refinement\.share has no effect with refinement\.moves both"):
+        load_config({**MINIMAL, "refinement": {"policy": "flexlora", "share": 0.2}})
+
+
+def test_ranks_that_stay_need_no_freeze() -> None:
+    config = load_config({**MINIMAL, "refinement": {"policy": "none", "start": 0.9}})
+    assert config.refinement_start == 180
+
+
+@pytest.mark.parametrize(
+    ("refinement", "method", "factor"),
+    [
+        ({}, "lora", 1.0),
+        ({"policy": "none"}, "lora", 1.0),
+        ({"policy": "shrink", "kappa": 3}, "lora", 3.0),
+        ({"policy": "adalora", "back_end": "masked"}, "svd_masked", 1.5),
+        ({"policy": "flexlora"}, "svd", 1.0),
+        ({"policy": "flexlora", "moves": "expand", "share": 0.25}, "svd", 0.75),
+        ({"policy": "flexlora_compat"}, "svd", 1.0),
+    ],
+)
+def test_the_policy_decides_the_form_of_updates_and_what_the_plan_spends(
+    refinement: dict[str, Any], method: str, factor: float
+) -> None:
+    made = load_config({**MINIMAL, "refinement": refinement}).refinement
+    assert (made.method, made.plan_factor) == (method, factor)
+    assert made.penalty == (0.0 if method == "lora" else 0.1)
 
 
 def test_all_mistakes_are_reported_at_once() -> None:

@@ -65,7 +65,11 @@ def test_every_stage_leaves_whole_files_that_its_record_names(config: RunConfig)
         found = {path.relative_to(config.folder / name).as_posix() for path in (config.folder / name).rglob("*")}
         assert record.artifacts.keys() <= found
         assert not (config.folder / f"{name}.partial").exists()
-    for picture in ("calibrate/sensitivity", "allocate/rank_plan", "refine/rank_over_time", "train/loss"):
+    of_refine = ("rank_over_time", "budget_path", "magnitude_and_entropy")
+    for picture in (
+        *("calibrate/sensitivity", "allocate/rank_plan", "train/loss"),
+        *(f"refine/{name}" for name in of_refine),
+    ):
         assert (config.folder / f"{picture}.png").stat().st_size > 5_000
 
 

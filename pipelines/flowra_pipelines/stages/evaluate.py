@@ -142,7 +142,10 @@ def _flowra(config: RunConfig, setting: Setting, run: Path) -> tuple[Row, Scores
     model = base_model(config, setting)
     load_adapter(model, run / "merge" / "adapter")
     scores = score(model, config, setting, "evaluate: scoring flowra")
-    parameters = sum(layer.num_parameters() for layer in lora_layers(model).values())
+    layers = lora_layers(model).values()
+    parameters = sum(layer.num_parameters() for layer in layers)
+    if config.refinement.method != "lora" and not config.merge.extra and config.merge.rule == "cat":
+        parameters += sum(layer.rank for layer in layers)  # E of each triplet was trained, too; it is in B now
     records = [read_record(run / stage) for stage in ("calibrate", "allocate", "train", "refine")]
     seconds = sum(record.seconds for record in records if record is not None)
     peak = read_training_state(run / "refine").peak_parameters

@@ -175,8 +175,11 @@ def _reads(config: RunConfig) -> dict[str, str]:
         sections = [section for stage in chain for section in SECTIONS[stage]]
         reads: dict[str, Any] = {section: values[section] for section in sections}
         reads["files"] = base_and_data
+        if "allocate" in chain:
+            reads["plan"] = [config.refinement.method, config.refinement.plan_factor]
         if "train" in chain:
             reads["refinement_start"] = config.refinement_start
+            reads["penalty"] = config.refinement.penalty
         if "merge" in chain:
             reads["extra"] = extra
         hashes[name] = sha256(json.dumps(reads, sort_keys=True).encode()).hexdigest()

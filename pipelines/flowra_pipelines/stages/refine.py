@@ -1,18 +1,24 @@
-"""refine: rank moves between modules inside the budget, then freezes; training ends at step T."""
+"""refine: a policy moves rank between modules, then ranks are frozen; training ends at step T."""
 
 import json
-import math
 from pathlib import Path
+from statistics import median
+
+import torch
 
 from flowra_adapters import attach, load_adapter
-from flowra_allocation import Breathe, RankHistory, RefinementSchedule, Refiner, mean_rank, read_plan
+from flowra_allocation import Policy, RankHistory, RankPlan, Refiner, read_plan
 from flowra_allocation.trainer_callback import RefinementCallback
+from flowra_analysis import read_profile
 from flowra_pipelines import plots
+from flowra_pipelines.errors import UserError
 from flowra_pipelines.learning_rate import with_learning_rate
+from flowra_pipelines.policies import build_policy, largest_ranks
+from flowra_pipelines.report_refinement import Refinement, adapter_shapes, refinement_figures_of
 from flowra_pipelines.run_config import RunConfig
-from flowra_pipelines.stages.phase import phase_metrics, resume_phase, save_phase
+from flowra_pipelines.stages.phase import penalties, phase_metrics, resume_phase, save_phase
 from flowra_pipelines.stages.record import StageResult
-from flowra_pipelines.stages.setting import base_model, load_setting, lora_layers
+from flowra_pipelines.stages.setting import base_model, load_setting, low_rank_layers
 from flowra_pipelines.training import train_phase
 
 __all__ = ["refine"]
@@ -27,31 +33,18 @@ def refine(config: RunConfig, folder: Path) -> StageResult:
     plan = read_plan(folder.parent / "allocate")
     load_adapter(model, trained / "adapter")
     empty = {name: 0 for name, rank in plan.ranks.items() if rank == 0}
-    if empty:  # modules without rank may be tried on probation
-        attach(model, empty, scaling=plan.scaling, modules_to_save=setting.task.heads(model))
-    layers = lora_layers(model)
-    optimizer, state = resume_phase(config, setting, model, trained)
-    costs = {name: module.cost_per_rank for name, module in plan.modules.items()}
-    refiner = None
-    if config.refinement.policy == "breathe":
-        cap = math.ceil(8 * mean_rank(costs, plan.budget))
-        refiner = Refiner(
+    if empty and config.refinement.policy != "flexlora_compat":  # it has no word for a module without rank
+        attach(
             model,
-            layers,
-            costs={name: costs[name] for name in layers},
-            caps={name: min(cap, layer.lora_A.shape[1], layer.lora_B.shape[0]) for name, layer in layers.items()},
-            budget=plan.budget,
-            policy=Breathe(
-                schedule=RefinementSchedule(
-                    start=config.refinement_start,
-                    freeze=config.refinement_freeze,
-                    events=config.refinement.events,
-                    observe=config.refinement.observe,
-                ),
-                share=config.refinement.share,
-            ),
-            seed=config.seed,
+            empty,
+            method=config.refinement.method,
+            scaling=plan.scaling,
+            modules_to_save=setting.task.heads(model),
+            generator=torch.Generator(model.device).manual_seed(config.seed),
         )
+    optimizer, state = resume_phase(config, setting, model, trained)
+    policy = build_policy(config)
+    refiner = None if policy is None else _refiner(config, model, plan, policy, folder.parent)
     curve = train_phase(
         model,
         setting.train,
@@ -61,11 +54,15 @@ def refine(config: RunConfig, folder: Path) -> StageResult:
         first_step=state.step,
         last_step=config.training.steps,
         seed=state.seed,
-        description="refine: moving rank" if refiner else "refine: off, training on",
+        description=f"refine: {policy.name}" if policy else "refine: off, training on",
         rng=state.rng,
-        callbacks=[RefinementCallback(refiner, first_step=state.step)] if refiner else [],
+        callbacks=[
+            *penalties(config, model),
+            *([RefinementCallback(refiner, first_step=state.step)] if refiner else []),
+        ],
     )
-    save_phase(config, setting, model, optimizer, folder, step=config.training.steps, peak_before=state.peak_parameters)
+    peak = max(state.peak_parameters, refiner.history.peak if refiner else 0)
+    save_phase(config, setting, model, optimizer, folder, step=config.training.steps, peak_before=peak)
     result = StageResult(
         metrics=phase_metrics(curve),
         parameters={"policy": config.refinement.policy},
@@ -73,27 +70,71 @@ def refine(config: RunConfig, folder: Path) -> StageResult:
         summary={"loss": f"{curve[0][1]:.3f} → {curve[-1][1]:.3f} in steps {state.step}–{config.training.steps}"},
     )
     if refiner is not None:
+        costs = {name: module.cost_per_rank for name, module in plan.modules.items()}
+        found = Refinement(history=refiner.history, costs=costs, shapes=adapter_shapes(folder / "adapter"))
+        result.figures.update(refinement_figures_of(found))
         _report(refiner.history, result, folder)
     return result
+
+
+def _refiner(config: RunConfig, model: torch.nn.Module, plan: RankPlan, policy: Policy, run: Path) -> Refiner:
+    """Set up what moves rank, within the budget of the run.
+
+    Returns:
+        The refiner.
+
+    Raises:
+        UserError: if the policy cannot move what the plan gives it.
+    """
+    budget = plan.budget  # which may be edited by hand
+    if config.refinement.plan_factor != 1:
+        budget = int(read_profile(run / "calibrate").provenance["budget_parameters"])
+    layers = low_rank_layers(model)
+    try:
+        return Refiner(
+            model,
+            layers,
+            costs={name: plan.modules[name].cost_per_rank for name in layers},
+            caps=largest_ranks(plan, budget, layers),
+            budget=budget,
+            policy=policy,
+            seed=config.seed,
+        )
+    except ValueError as error:
+        raise UserError(f"{error} (refinement.policy {config.refinement.policy})") from None
 
 
 def _report(history: RankHistory, result: StageResult, folder: Path) -> None:
     content = history.as_json()
     del content["seconds"]  # files of a run do not depend on the machine's speed
-    (folder / "rank_history.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    steps = [int(history.settings["start"] or 0), *(event.step for event in history.events)]
-    ranks = [history.initial, *(event.ranks for event in history.events)]
-    result.figures["rank_over_time"] = plots.rank_over_time(steps, ranks)
+    (folder / "rank_history.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     for event in history.events:
-        result.metrics.append(("refine/parameters", float(event.parameters), event.step))
-        result.metrics.append(("refine/moved_directions", float(sum(event.admitted.values())), event.step))
-        if event.kkt_gap is not None:
-            result.metrics.append(("refine/kkt_gap", event.kkt_gap, event.step))
+        values: dict[str, float | None] = {
+            "parameters": event.parameters,
+            "budget": event.budget,
+            "moved_directions": sum(event.admitted.values()),
+            "dropped_directions": sum(event.dropped.values()),
+            "silenced_directions": sum(event.silenced.values()),
+            "kkt_gap": event.kkt_gap,
+        }
+        if event.importance:
+            scores = list(event.importance.values())
+            values |= {"importance_min": min(scores), "importance_max": max(scores)}
+            values["importance_median"] = median(scores)
+        result.metrics += [
+            (f"refine/{key}", float(value), event.step) for key, value in values.items() if value is not None
+        ]
     dropped = sum(sum(event.dropped.values()) for event in history.events)
     admitted = sum(sum(event.admitted.values()) for event in history.events)
-    changed = sum(history.initial[name] != rank for name, rank in history.events[-1].ranks.items())
+    last = history.events[-1]
+    changed = sum(history.initial[name] != rank for name, rank in last.ranks.items())
     result.summary["rank"] = (
         f"{dropped} directions dropped and {admitted} tried in {len(history.events)} events;"
         f" {changed} modules changed rank"
     )
-    result.metrics.append(("refine/seconds_in_events", history.seconds, history.events[-1].step))
+    result.summary["parameters"] = (
+        f"{last.parameters:,} at the end, budget {history.budget:,}; at most {history.peak:,} while rank moved"
+    )
+    result.parameters |= {"budget_parameters": history.budget, "peak_parameters": history.peak}
+    result.metrics.append(("refine/peak_parameters", float(history.peak), last.step))
+    result.metrics.append(("refine/seconds_in_events", history.seconds, last.step))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flowra_adapters import LoRA, adapters, linear_size, match_modules
+from flowra_adapters import LoRA, SVDForm, adapters, linear_size, match_modules
 from flowra_allocation import parse_budget
 from flowra_pipelines.data import Examples, TextData, load_text_data, tokenise
 from flowra_pipelines.errors import UserError
@@ -24,6 +24,7 @@ __all__ = [
     "check_inputs",
     "load_setting",
     "lora_layers",
+    "low_rank_layers",
     "shape_of",
     "survey",
     "uniform_layers",
@@ -144,6 +145,11 @@ def survey(config: RunConfig, model: PreTrainedModel, task: Task) -> Layers:
 def lora_layers(model: nn.Module) -> dict[str, LoRA]:
     """Return the model's LoRA adapters by module name."""
     return {name: one for name, one in adapters(model).items() if isinstance(one, LoRA)}
+
+
+def low_rank_layers(model: nn.Module) -> dict[str, LoRA | SVDForm]:
+    """Return the model's adapters whose rank can move, pairs or triplets, by module name."""
+    return {name: one for name, one in adapters(model).items() if isinstance(one, LoRA | SVDForm)}
 
 
 def uniform_layers(config: RunConfig, model: PreTrainedModel) -> list[str]:

@@ -11,6 +11,7 @@ from flowra_adapters.adapter import Adapter, Base
 from flowra_adapters.attach import adapters, attach, delete, detach, disable, disabled, enable
 from flowra_adapters.attach_plan import PlanEntry, attach_plan
 from flowra_adapters.checkpoint import AdapterCheckpoint
+from flowra_adapters.compaction import compact
 from flowra_adapters.convert import Converted, to_lora
 from flowra_adapters.dora import DoRA
 from flowra_adapters.gathering import checkpoint_of
@@ -76,6 +77,7 @@ __all__ = [
     "attach_checkpoint",
     "attach_plan",
     "checkpoint_of",
+    "compact",
     "create_missing_biases",
     "delete",
     "dequantised_weight",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from flowra_adapters.adapter import Adapter, Base
 from flowra_adapters.operators import EmbeddingOperator, Operator, ParameterOperator
+from flowra_adapters.sharding import refuse_sharded
 
 __all__ = ["LoRA"]
 
@@ -170,10 +171,16 @@ class LoRA(Adapter):
         """Install new factors of any common rank as new Parameters; ``requires_grad`` is carried over.
 
         An optimiser that holds the old Parameters must be told: that is the caller's part.
+
+        Raises:
+            ValueError: if the old Parameters are sharded over processes.
         """
-        trainable = self.lora_A.requires_grad if "lora_A" in self._parameters else True
-        self.lora_A = nn.Parameter(lora_A.detach().contiguous(), requires_grad=trainable)
-        self.lora_B = nn.Parameter(lora_B.detach().contiguous(), requires_grad=trainable)
+        trained_A = trained_B = True  # at birth
+        if "lora_A" in self._parameters:
+            refuse_sharded(self.lora_A)
+            trained_A, trained_B = self.lora_A.requires_grad, self.lora_B.requires_grad
+        self.lora_A = nn.Parameter(lora_A.detach().contiguous(), requires_grad=trained_A)
+        self.lora_B = nn.Parameter(lora_B.detach().contiguous(), requires_grad=trained_B)
 
     def extra_repr(self) -> str:
         """Show what defines the adapter in ``print(model)``."""

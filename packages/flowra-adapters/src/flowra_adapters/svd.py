@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from flowra_adapters.adapter import Adapter, Base
 from flowra_adapters.operators import EmbeddingOperator, Operator
+from flowra_adapters.sharding import refuse_sharded, whole
 
 __all__ = ["SVDForm"]
 
@@ -130,8 +131,11 @@ class SVDForm(Adapter):
         return lora_A, lora_B * lora_E
 
     def triplets(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return A ``(r, n·∏k)``, E ``(r,)`` and B ``(m, r)`` of the directions in their order; differentiable."""
-        return self.lora_A, self.lora_E, self.lora_B
+        """Return A ``(r, n·∏k)``, E ``(r,)`` and B ``(m, r)`` of the directions in their order; differentiable.
+
+        They are whole, also where several processes hold the Parameters in parts.
+        """
+        return whole(self.lora_A), whole(self.lora_E), whole(self.lora_B)
 
     @torch.no_grad()
     def triplet_norms(self) -> Tensor:
@@ -179,7 +183,11 @@ class SVDForm(Adapter):
         """Install new factors of any common rank as new Parameters; ``requires_grad`` is carried over.
 
         An optimiser that holds the old Parameters must be told: that is the caller's part.
+
+        Raises:
+            ValueError: if the old Parameters are sharded over processes.
         """
+        refuse_sharded(self.lora_A)
         old_A, old_E, old_B = self.lora_A, self.lora_E, self.lora_B
         self.lora_A = nn.Parameter(lora_A.detach().to(old_A).contiguous(), requires_grad=old_A.requires_grad)
         self.lora_E = nn.Parameter(lora_E.detach().to(old_E).contiguous(), requires_grad=old_E.requires_grad)

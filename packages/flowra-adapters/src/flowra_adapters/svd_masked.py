@@ -3,7 +3,8 @@
 A direction that leaves is masked; one that comes is written into a free slot. So growth changes no bit of the output
 (the products have the same shapes, and a masked slot adds zeros to them), a compiled step is compiled once, and an
 optimiser, a scheduler or a process group that holds the Parameters need not hear of it. The price is memory for
-``max_rank`` directions.
+``max_rank`` directions. Under ``torch.distributed.fsdp.fully_shard`` every process holds a part of each Parameter: what
+reads or changes directions is then to be called on all of them.
 
 A masked slot has a gradient of exactly zero in A, E and B. An optimiser may still move it, by what is left of its
 momentum and by weight decay; nothing reads it, and a new direction overwrites all of it. Its moments stay with the
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from flowra_adapters.operators import Operator
+from flowra_adapters.sharding import whole, write
 from flowra_adapters.svd import SVDForm
 
 __all__ = ["MaskedSVDForm"]
@@ -98,7 +100,7 @@ class MaskedSVDForm(SVDForm):
     def triplets(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return A ``(r, n·∏k)``, E ``(r,)`` and B ``(m, r)`` of the directions in their order; differentiable."""
         index = self._index(self.slots())
-        return self.lora_A[index], self.lora_E[index], self.lora_B[:, index]
+        return whole(self.lora_A)[index], whole(self.lora_E)[index], whole(self.lora_B)[:, index]
 
     def num_parameters(self) -> int:
         """Count the parameters of the directions that are there, not those of free slots."""
@@ -119,7 +121,7 @@ class MaskedSVDForm(SVDForm):
         lora_A, lora_B = self._matched(rows)
         free = [slot for slot, live in enumerate(self.mask.tolist()) if not live][: len(rows)]
         last = int(self.order.max()) if len(self.order) else 0
-        self._write(free, lora_A, lora_B, self.lora_E.new_zeros(len(rows)), first=last + 1)
+        self._write(free, lora_A, lora_B, lora_A.new_zeros(len(rows)), first=last + 1)
 
     def shrink(self, keep: Sequence[int]) -> None:
         """Mask all directions but ``keep``; ΔW loses exactly the products of the others.
@@ -141,7 +143,10 @@ class MaskedSVDForm(SVDForm):
         self._write(list(range(len(lora_A))), lora_A, lora_B, lora_E, first=0)
 
     def compact(self) -> SVDForm:
-        """Return the same update without free slots; outputs agree to rounding."""
+        """Return the same update without free slots; outputs agree to rounding.
+
+        :func:`~flowra_adapters.compact` does it for a whole model.
+        """
         lora_A, lora_E, lora_B = self.triplets()
         compacted = SVDForm(
             self.operator,
@@ -161,9 +166,9 @@ class MaskedSVDForm(SVDForm):
     def _write(self, slots: list[int], lora_A: Tensor, lora_B: Tensor, lora_E: Tensor, *, first: int) -> None:
         """Put directions into slots and count them from ``first``."""
         index = self._index(slots)
-        self.lora_A[index] = lora_A.to(self.lora_A)
-        self.lora_B[:, index] = lora_B.to(self.lora_B)
-        self.lora_E[index] = lora_E.to(self.lora_E)
+        for parameter, axis, values in ((self.lora_A, 0, lora_A), (self.lora_B, 1, lora_B), (self.lora_E, 0, lora_E)):
+            old = whole(parameter.detach())
+            write(parameter, old.index_copy(axis, index, values.to(old)))
         self.mask[index] = True
         self.order[index] = torch.arange(first, first + len(slots), device=index.device)
 

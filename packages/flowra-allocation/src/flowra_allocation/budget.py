@@ -12,11 +12,15 @@ COUNTS: Mapping[str, int] = MappingProxyType({"": 1, "k": 10**3, "K": 10**3, "M"
 SIZES: Mapping[str, int] = MappingProxyType({
     "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30,
 })  # fmt: skip
-FORMS = "'0.1%', 22713, '300k', '1.5M', '2MB' or 'like r=8 on q,v'"
+FORMS = "'0.1%', 22713, '300k', '1.5M', '2MB', 'like r=8 on q,v' or 'same as <plan or adapter>'"
 
 
 def parse_budget(
-    budget: str | int, *, base_parameters: int, unit_cost: Callable[[Sequence[str]], int] | None = None
+    budget: str | int,
+    *,
+    base_parameters: int,
+    unit_cost: Callable[[Sequence[str]], int] | None = None,
+    parameters_of: Callable[[str], int] | None = None,
 ) -> int:
     """Turn a budget into a number of parameters (docs/methods.md, section 5).
 
@@ -27,6 +31,7 @@ def parse_budget(
     ``"500kB"``, ``"2 MB"``   what fits into so many bytes of float32, ⌊bytes / 4⌋; kB (or KB), MB and GB are decimal,
                               KiB, MiB and GiB binary
     ``"like r=8 on q,v"``     as many as LoRA of rank 8 has on these layers, r · Σ (m + n); also ``rank=8``
+    ``"same as runs/a"``      as many as the plan or adapter there has
     ========================  =======================================================================================
 
     Spaces around a number and its unit do not matter. Upper and lower case do: ``m``, ``mb`` and ``Mb`` mean something
@@ -37,12 +42,15 @@ def parse_budget(
         base_parameters: N_base ≥ 1, number of parameters of the base model.
         unit_cost: maps names or patterns of layers to Σ (m + n) over the layers they mean, and raises ValueError for
             one that means none; needed for ``like …`` only.
+        parameters_of: maps a path to the adapter parameters of the plan or adapter that is there, and raises
+            ValueError where there is none; needed for ``same as …`` only.
 
     Returns:
         P ≥ 1.
 
     Raises:
-        ValueError: if the text is not a budget, it is not positive, or it needs ``unit_cost``.
+        ValueError: if the text is not a budget, it is not positive, or it needs ``unit_cost`` or
+            ``parameters_of``.
 
     Example:
         >>> layers = {"q": 768 + 768, "v": 768 + 768}  # m + n
@@ -59,8 +67,12 @@ def parse_budget(
         (256, 262144, 268435456, 250)
         >>> parse("like r=8 on q,v") == 8 * (768 + 768) * 2
         True
+        >>> parse_budget("same as plan.json", base_parameters=1, parameters_of={"plan.json": 57_600}.__getitem__)
+        57600
     """
     text = str(budget).strip()
+    if text.startswith("same"):
+        return _same(text, parameters_of)
     if text.startswith("like"):
         return _like(text, unit_cost)
     match = re.fullmatch(r"(\d+(?:_\d+)*\.?\d*|\.\d+)\s*([^\d\s._]*)", text, flags=re.ASCII)
@@ -94,3 +106,15 @@ def _like(text: str, unit_cost: Callable[[Sequence[str]], int] | None) -> int:
     if unit_cost is None:
         raise ValueError(f"budget must be a number where the model's layers are unknown, got {text!r}. Give unit_cost.")
     return int(match[1]) * unit_cost(names)
+
+
+def _same(text: str, parameters_of: Callable[[str], int] | None) -> int:
+    match = re.fullmatch(r"same\s+as\s+(\S.*)", text)
+    if match is None:
+        raise ValueError(f"budget must be 'same as <path of a plan or an adapter>', got {text!r}")
+    if parameters_of is None:
+        raise ValueError(f"budget must be a number where files are not looked at, got {text!r}. Give parameters_of.")
+    parameters = parameters_of(match[1])
+    if parameters < 1:
+        raise ValueError(f"budget must be at least one parameter, got {text!r}, which has {parameters}")
+    return parameters

@@ -15,6 +15,9 @@ and if one of these 2 c values came twice, the units in between could be put bac
 the 2 c - 1 nearest units of each cost are looked at. This bounds the work where costs share a large divisor, as in
 transformers. Other costs are as a rule no harder; gains in proportion to such costs can be too hard, and are refused.
 
+Where ranks come in steps or costs are not in proportion to rank, units cannot be taken in any order, and the search is
+that of ``exact_ladders.py``.
+
 Source: Pisinger (1997), A minimal algorithm for the 0-1 knapsack problem; the bound on the changes is the argument of
 Eisenbrand & Weismantel (2018) in one dimension. Deviations: the first bound is the greedy set, units are not reduced
 beforehand, ties are decided.
@@ -24,8 +27,9 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from flowra_allocation.greedy import greedy
-from flowra_allocation.knapsack import Allocation, check_gains, describe, rank_limits
+from flowra_allocation.exact_ladders import exact_ladders
+from flowra_allocation.greedy import greedy, room_above
+from flowra_allocation.knapsack import Allocation, Cost, Ladder, check_gains, describe, ladders
 
 __all__ = ["MAX_STATES", "exact"]
 
@@ -35,10 +39,12 @@ MAX_STATES = 2**21
 
 def exact(
     gains: Mapping[str, Sequence[float]],
-    costs: Mapping[str, int],
+    costs: Mapping[str, Cost],
     budget: int,
     *,
     caps: Mapping[str, int] | None = None,
+    floors: Mapping[str, int] | None = None,
+    rank_steps: Mapping[str, Sequence[int]] | None = None,
 ) -> Allocation:
     """Take the units of rank with the largest sum of gains that fits.
 
@@ -49,17 +55,20 @@ def exact(
 
     Args:
         gains: module name to the gains of its first, second, … unit of rank, non-increasing, ≥ 0. Their number is the
-            module's largest possible rank.
-        costs: module name to parameters per unit of rank, ≥ 1.
+            module's largest possible rank. One gain makes an item: there or not.
+        costs: module name to parameters per unit of rank, ≥ 1; or to the parameters at rank 1, 2, … in all, rising.
         budget: P ≥ 0, in parameters.
         caps: module name to the largest rank wanted; modules not named are limited by the number of gains.
+        floors: module name to the least rank, 0 where not named. A module whose floor is its largest rank is frozen.
+        rank_steps: module name to the ranks that it may have beside 0; all, where not named.
 
     Returns:
         The ranks.
 
     Raises:
-        ValueError: if the names differ, a cost is below 1, a cap is below 0, gains are negative, increasing or not
-            finite, or the search would look at more than ``MAX_STATES`` states.
+        ValueError: if the names differ, a cost is below 1 or does not rise, a cap or floor is out of range, the floors
+            exceed the budget, gains are negative, increasing or not finite, or the search would look at more than
+            ``MAX_STATES`` states.
 
     Example:
         Greedy takes the denser unit, and then the better one does not fit.
@@ -69,16 +78,27 @@ def exact(
         ({'query': 0, 'value': 1}, {'query': 1, 'value': 0})
     """
     check_gains(gains, costs, budget)
-    limits = rank_limits(gains, caps)
-    useful = {
-        name: [gain for gain in gains[name][:limit] if gain > 0]
-        for name, limit in sorted(limits.items())
-        if costs[name] <= budget
+    rungs = ladders(gains, costs, caps=caps, floors=floors, rank_steps=rank_steps)
+    room = room_above(rungs, costs, budget)
+    if all(each.concave and len(set(each.costs)) < 2 for each in rungs.values()):
+        places = _places(rungs, room)
+    else:
+        places = exact_ladders(rungs, room, max_states=MAX_STATES)
+    least = {name: each.ranks[places[name]] for name, each in rungs.items()}
+    # what still fits gains nothing; no room is left all the same
+    ranks = greedy(gains, costs, budget, caps=caps, floors=least, rank_steps=rank_steps).ranks
+    return describe(ranks, gains, costs, rungs)
+
+
+def _places(rungs: Mapping[str, Ladder], room: int) -> dict[str, int]:
+    """Solve for ladders whose steps are all as dear: how many steps up each."""
+    gains = {
+        name: [gain for gain in each.gains if gain > 0]
+        for name, each in sorted(rungs.items())
+        if each.costs and each.costs[0] <= room
     }
-    ranks = dict.fromkeys(gains, 0) | _optimum({name: each for name, each in useful.items() if each}, costs, budget)
-    left = budget - sum(costs[name] * rank for name, rank in ranks.items())
-    idle = greedy({name: each[ranks[name] : limits[name]] for name, each in gains.items()}, costs, left).ranks
-    return describe({name: rank + idle[name] for name, rank in ranks.items()}, gains, costs, limits)
+    gains = {name: each for name, each in gains.items() if each}
+    return dict.fromkeys(rungs, 0) | _optimum(gains, {name: rungs[name].costs[0] for name in gains}, room)
 
 
 def _optimum(gains: Mapping[str, Sequence[float]], costs: Mapping[str, int], budget: int) -> dict[str, int]:
@@ -89,7 +109,7 @@ def _optimum(gains: Mapping[str, Sequence[float]], costs: Mapping[str, int], bud
     capacity = budget // divisor
     number = _Number(gains, {name: costs[name] // divisor for name in gains}, capacity)
     units = [(number.costs[name], number.of(name, gain)) for name, each in gains.items() for gain in each]
-    first = greedy(gains, {name: costs[name] for name in gains}, budget).ranks
+    first = greedy(gains, costs, budget).ranks
     known = sum(number.of(name, gain) for name, rank in first.items() for gain in gains[name][:rank])
     return number.ranks(_search(units, capacity, known))
 

@@ -18,6 +18,8 @@ from typing import Protocol, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from flowra_allocation.sharding import whole
+
 __all__ = [
     "RANK_AXIS",
     "AnyLayer",
@@ -39,10 +41,16 @@ class RefinableLayer(Protocol):
     """A low-rank update that can be observed and resized: the form *pair*, and what all forms have."""
 
     scaling: float
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
     observer: Callable[[Tensor], None] | None
     """Called with z = A x (z = E ⊙ A x where there is an E), channels last, on every forward pass."""
+
+    @property
+    def lora_A(self) -> nn.Parameter:
+        """A, ``(r, n)``."""
+
+    @property
+    def lora_B(self) -> nn.Parameter:
+        """B, ``(m, r)``."""
 
     @property
     def rank(self) -> int:
@@ -111,6 +119,6 @@ def factors(layer: AnyLayer) -> dict[str, nn.Parameter]:
 
 
 def live_factors(layer: AnyLayer) -> dict[str, Tensor]:
-    """Return the values of the directions that are there, detached, in their order."""
+    """Return the values of the directions that are there, whole, detached, in their order."""
     index = torch.tensor(live_slots(layer), dtype=torch.long, device=layer.lora_A.device)
-    return {name: each.detach().index_select(RANK_AXIS[name], index) for name, each in factors(layer).items()}
+    return {name: whole(each.detach()).index_select(RANK_AXIS[name], index) for name, each in factors(layer).items()}

@@ -7,10 +7,19 @@ G is never formed: two streamed sketches Y = N Ω and Z = Ψ N recover N ≈ Q (
 SIAM J. Matrix Anal. Appl. 38, algorithm 7). Memory q (m + 2n).
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-__all__ = ["GradientSketch"]
+__all__ = ["PROBES", "SIZE", "SUMS", "GradientSketch"]
+
+SIZE = 10
+"""Probes, unless told."""
+PROBES = ("basis_A", "basis_B", "omega", "psi")
+"""What a sketch is made with; the same in every process."""
+SUMS = ("y", "z")
+"""What batches add to."""
 
 
 class GradientSketch:
@@ -23,7 +32,7 @@ class GradientSketch:
         generator: source of randomness.
     """
 
-    def __init__(self, lora_A: Tensor, lora_B: Tensor, *, generator: torch.Generator, size: int = 10) -> None:
+    def __init__(self, lora_A: Tensor, lora_B: Tensor, *, generator: torch.Generator, size: int = SIZE) -> None:
         n, m = lora_A.shape[1], lora_B.shape[0]
         self._basis_A = _basis(lora_A.float().T)  # (n, r)
         self._basis_B = _basis(lora_B.float())  # (m, r')
@@ -43,6 +52,15 @@ class GradientSketch:
         self._y += gradient.T @ (x @ self._omega)
         self._z += (self._psi @ gradient.T) @ x
 
+    def state(self) -> dict[str, Tensor]:
+        """Return the tensors named in :data:`PROBES` and :data:`SUMS`."""
+        return {name: getattr(self, f"_{name}") for name in (*PROBES, *SUMS)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a :meth:`state`, bit by bit."""
+        for name in (*PROBES, *SUMS):
+            setattr(self, f"_{name}", state[name].to(self._y.device, copy=True))
+
     def leading_direction(self) -> tuple[float, Tensor]:
         """Return σ₁(N)² and the leading right singular vector ``(n,)``, of norm 1, orthogonal to the rows of A."""
         if not self._omega.numel() or not self._y.any():  # nothing is left to follow, or nothing was seen
@@ -55,6 +73,10 @@ class GradientSketch:
 
 
 def _basis(columns: Tensor) -> Tensor:
-    """Return an orthonormal basis ``(size, rank)`` of the span of the columns; zero columns span nothing."""
+    """Return an orthonormal basis ``(size, rank)`` of the span of the columns; zero columns span nothing.
+
+    It lies row by row in memory, as it will when it has been in a file: products then agree to the last bit.
+    """
     u, sigma, _ = torch.linalg.svd(columns, full_matrices=False)
-    return u[:, sigma > 1e-6 * sigma.max()] if sigma.numel() and sigma.max() > 0 else columns[:, :0]
+    basis = u[:, sigma > 1e-6 * sigma.max()] if sigma.numel() and sigma.max() > 0 else columns[:, :0]
+    return basis.contiguous()

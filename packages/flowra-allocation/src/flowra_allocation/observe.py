@@ -4,6 +4,7 @@ Nothing is recomputed: z and ∂ℓ/∂z pass by in training anyway. Passes with
 gradient checkpointing) are not counted.
 """
 
+import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -87,7 +88,40 @@ class BottleneckObserver:
         """Name the layers of rank ≥ 1 that no backward pass reached."""
         return [name for name, layer in self._layers.items() if layer.rank > 0 and not self.grams[name]]
 
+    def gathered(self) -> dict[str, dict[str, Tensor]]:
+        """Return, between two batches, what was gathered so far: enough for another observer to go on from.
+
+        Returns:
+            Module name to tensors: ``activations`` and ``gradients``, ``(r, r)``, and ``counts`` (tokens, examples),
+            float64, for layers of rank ≥ 1; with sketches, those of :meth:`GradientSketch.state` for all layers.
+        """
+        made: dict[str, dict[str, Tensor]] = {name: {} for name in self._layers}
+        for name, layer in self._layers.items():
+            if layer.rank > 0:
+                grams = self.grams[name]
+                gram = sum(grams[1:], grams[0]) if grams else BottleneckGram.empty(len(layer.lora_A))
+                counts = torch.tensor([gram.tokens, gram.examples], dtype=torch.float64)
+                made[name] = {"activations": gram.activations, "gradients": gram.gradients, "counts": counts}
+        for name, sketch in self.sketches.items():
+            made[name] |= sketch.state()
+        return made
+
+    def go_on(self, gathered: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take up what another observer of these layers has :meth:`gathered`; call before the first batch.
+
+        Sums are the same bit by bit as if one observer had seen all batches, for it would have added the next batch to
+        this sum too. The batches themselves are not told apart any more.
+        """
+        for name, tensors in gathered.items():
+            if "counts" in tensors:
+                sums = BottleneckGram(tensors["activations"], tensors["gradients"], *tensors["counts"].tolist())
+                self.grams[name] = [sums] if sums.examples else []  # 0 where no batch reached the layer
+            if name in self.sketches:
+                self.sketches[name].restore(tensors)
+
     def __enter__(self) -> "BottleneckObserver":
+        if "torch._dynamo" in sys.modules:  # compiled code would not call the hooks, and need not be made anew
+            self._stack.enter_context(torch.compiler.set_stance("force_eager"))
         handle = self._model.register_forward_pre_hook(self._begin_batch, with_kwargs=True)
         self._stack.callback(handle.remove)
         for name, layer in self._layers.items():
@@ -95,7 +129,8 @@ class BottleneckObserver:
                 layer.observer = partial(self._see_bottleneck, name)
                 self._stack.callback(setattr, layer, "observer", None)
         for name in self.sketches:
-            module = self._model.get_submodule(name)
+            # A layer that knows its host is named as in the base model, not as in the wrapper that is called.
+            module = getattr(self._layers[name], "host", None) or self._model.get_submodule(name)
             handle = module.register_forward_hook(partial(self._see_layer, name), with_kwargs=True)
             self._stack.callback(handle.remove)
         return self

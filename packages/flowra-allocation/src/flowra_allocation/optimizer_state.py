@@ -1,23 +1,51 @@
 """What an optimiser remembers of a Parameter, carried to the Parameter that takes its place.
 
-The new Parameter stands where the old one stood in its parameter group, so learning rate, weight decay and every
-scheduler stay. What is remembered is mapped by what it is: see :mod:`flowra_allocation.changes`.
+The new Parameter stands where the old one stood in its parameter group, so learning rate, weight decay, names and every
+scheduler stay. What is remembered is mapped by what it is (:mod:`flowra_allocation.changes`); what is not known is
+refused, before anything is changed. Served are
+
+- Adam, AdamW, NAdam, RAdam, SGD, Muon and Adafactor of torch;
+- Adafactor of transformers;
+- the 8-bit and 32-bit Adam, AdamW, Lion and SGD of bitsandbytes (:mod:`flowra_allocation.quantised_moments`);
+- LoRA-FA's optimiser of PEFT, which remembers B by the name of its layer;
+- any other whose state is seen to be made of moments under the same names, once it has stepped.
 """
+
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flowra_allocation.changes import Change
+from flowra_allocation.factored_moments import KEYS, carry_means
+from flowra_allocation.quantised_moments import (
+    carry_quantised,
+    check_quantised,
+    hand_over_overrides,
+    is_of_bitsandbytes,
+)
+from flowra_allocation.sharding import sharded_like, whole
 
-__all__ = ["carry_over", "check_optimizer", "holds"]
+__all__ = ["adopt", "carry_over", "check_optimizer", "holds", "release"]
 
-FIRST_MOMENTS = frozenset({"exp_avg", "momentum_buffer"})
-SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
+KNOWN = ("Adam", "AdamW", "NAdam", "RAdam", "SGD", "Muon", "Adafactor", "LoraFAOptimizer")
+MOMENTS: Mapping[str, Callable[[Change, Tensor], Tensor]] = MappingProxyType({
+    "exp_avg": lambda change, old: change.first(old),
+    "momentum_buffer": lambda change, old: change.first(old),
+    "exp_avg_B": lambda change, old: change.displacement(old),  # LoRA-FA averages steps of B: g_B (A Aᵀ)⁻¹
+    "exp_avg_sq": lambda change, old: change.second(old, change.axis),
+    "exp_avg_sq_B": lambda change, old: change.second(old, change.axis),
+    "max_exp_avg_sq": lambda change, old: change.second(old, change.axis),
+    "variance": lambda change, old: change.second(old, change.axis),
+})
+MEANS = frozenset(key for pair in KEYS for key in pair)
 
 
 def holds(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
     """Tell whether a parameter is in one of the optimiser's groups."""
-    return any(parameter is held for group in optimizer.param_groups for held in group["params"])
+    return _place(optimizer, parameter) is not None
 
 
 def check_optimizer(optimizer: Optimizer, parameter: nn.Parameter) -> None:
@@ -28,32 +56,155 @@ def check_optimizer(optimizer: Optimizer, parameter: nn.Parameter) -> None:
     Raises:
         ValueError: if it does, or is not.
     """
-    if parameter.requires_grad and not holds(optimizer, parameter):
-        raise ValueError("optimizer must hold the layer's factors, got one that does not. Build it after attaching.")
-    unknown = [
+    optimizer = _innermost(optimizer)
+    place = _place(optimizer, parameter)
+    if place is None:
+        if parameter.requires_grad:
+            raise ValueError(
+                "optimizer must hold the layer's factors, got one that does not. Build it after attaching."
+            )
+        return
+    name = type(optimizer).__name__
+    elsewhere = [
         key
-        for key, value in optimizer.state.get(parameter, {}).items()
-        if isinstance(value, Tensor) and value.ndim > 0 and key not in FIRST_MOMENTS | SECOND_MOMENTS
+        for key, value in vars(optimizer).items()
+        if key not in ("param_groups", "state") and any(each is parameter for each in _elements(value))
     ]
+    if elsewhere:
+        raise ValueError(
+            f"optimizer must hold the layer's factors in its groups alone, got {name}, which has them in {elsewhere}"
+            " too. Use AdamW."
+        )
+    if is_of_bitsandbytes(optimizer):
+        check_quantised(optimizer)
+        return
+    own = optimizer.state.get(_key(optimizer, parameter, place), {})
+    familiar = any(each.__name__ in KNOWN for each in type(optimizer).__mro__)
+    seen = [own] if own or familiar else [each for each in optimizer.state.values() if each]
+    if not seen:
+        raise ValueError(
+            f"optimizer must be one of {list(KNOWN)} before its first step, got {name}. Take a step, so that its state"
+            " can be seen, or use AdamW."
+        )
+    unknown = sorted({key for state in seen for key, value in state.items() if not _is_known(key, value)})
+    unknown += [key for key in own if key in MOMENTS and _shape(own[key]) not in (None, parameter.shape)]
     if unknown:
         raise ValueError(
-            f"optimizer state must be moments of AdamW or SGD, got {unknown} in {type(optimizer).__name__}"
+            f"optimizer state must be moments as those of {', '.join(KNOWN)}, got {unknown} in {name}. Use AdamW."
         )
 
 
 def carry_over(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, change: Change) -> None:
-    """Put ``new`` in the place of ``old`` (they may be one), with what the optimiser remembers mapped by the change."""
-    for group in optimizer.param_groups:
-        group["params"] = [new if held is old else held for held in group["params"]]
-    state = optimizer.state.pop(old, None)
-    if state is None or old.numel() == 0:  # nothing to carry: the new factor starts with a fresh state
+    """Put ``new`` in the place of ``old`` (they may be one), with what the optimiser remembers mapped by the change.
+
+    Where there was no direction before, the optimiser starts afresh.
+    """
+    optimizer = _innermost(optimizer)
+    place = _place(optimizer, old)
+    if place is None:
         return
-    optimizer.state[new] = {key: _mapped(key, value, change) for key, value in state.items()}
+    group, index = place
+    key = _key(optimizer, old, place)
+    optimizer.param_groups[group]["params"][index] = new
+    state = optimizer.state.pop(key, None)
+    if is_of_bitsandbytes(optimizer):
+        hand_over_overrides(optimizer, old, new)
+    if not state or change.from_nothing(old):
+        return
+    if is_of_bitsandbytes(optimizer):
+        carry_quantised(optimizer, state, new, change, place)
+        return
+    mapped = _mapped({name: _whole(value) for name, value in state.items()}, old.ndim, change)
+    optimizer.state[new if key is old else key] = {
+        name: _placed(value, new, state[name]) for name, value in mapped.items()
+    }
 
 
-def _mapped(key: str, value: object, change: Change) -> object:
+def adopt(optimizer: Optimizer, parameter: nn.Parameter, *, name: str, beside: nn.Parameter) -> None:
+    """Put a Parameter that a layer did not have before at the end of the group of its ``lora_B``."""
+    optimizer = _innermost(optimizer)
+    place = _place(optimizer, beside)
+    if place is None or not parameter.requires_grad:
+        return
+    group = optimizer.param_groups[place[0]]
+    group["params"].append(parameter)
+    if "param_names" in group:
+        group["param_names"].append(group["param_names"][place[1]].replace("lora_B", name))
+
+
+def release(optimizer: Optimizer, parameter: nn.Parameter) -> None:
+    """Take a Parameter that a layer has no more out of its group, and forget its state."""
+    optimizer = _innermost(optimizer)
+    place = _place(optimizer, parameter)
+    if place is not None:
+        optimizer.state.pop(_key(optimizer, parameter, place), None)
+        group = optimizer.param_groups[place[0]]
+        for key in {"params", "param_names"} & group.keys():
+            del group[key][place[1]]
+
+
+def _mapped(state: Mapping[str, Any], ndim: int, change: Change) -> dict[str, Any]:
+    means = carry_means(state, ndim=ndim, change=change)
+    return {
+        key: MOMENTS[key](change, value) if key in MOMENTS and isinstance(value, Tensor) else means.get(key, value)
+        for key, value in state.items()
+    }
+
+
+def _whole(value: Any) -> Any:  # noqa: ANN401 - whatever a state holds
+    return whole(value) if isinstance(value, Tensor) else value
+
+
+def _placed(value: Any, new: nn.Parameter, old: Any) -> Any:  # noqa: ANN401 - whatever a state holds
+    """Shard a value like the Parameter it belongs to, or, where it has another shape, as it was."""
     if not isinstance(value, Tensor):
         return value
-    if key in FIRST_MOMENTS:
-        return change.first(value)
-    return change.second(value, change.axis) if key in SECOND_MOMENTS else value
+    return sharded_like(value, new if value.shape == new.shape else old)
+
+
+def _innermost(optimizer: Optimizer) -> Optimizer:
+    """Return what a wrapper (of accelerate) holds."""
+    inner = getattr(optimizer, "optimizer", None)
+    return _innermost(inner) if isinstance(inner, Optimizer) else optimizer
+
+
+def _place(optimizer: Optimizer, parameter: nn.Parameter) -> tuple[int, int] | None:
+    """Return the index of the group that holds a parameter, and that of the parameter in it."""
+    for number, group in enumerate(optimizer.param_groups):
+        for index, held in enumerate(group["params"]):
+            if held is parameter:
+                return number, index
+    return None
+
+
+def _key(optimizer: Optimizer, parameter: nn.Parameter, place: tuple[int, int]) -> Any:  # noqa: ANN401 - see Returns
+    """Return the parameter, or the name under which LoRA-FA's optimiser has the state of B."""
+    group = optimizer.param_groups[place[0]]
+    if not any(each.__name__ == "LoraFAOptimizer" for each in type(optimizer).__mro__):
+        return parameter
+    name: str = group["names"][place[1]]
+    if "lora_A" in name:
+        return parameter  # shares the name with B, and has no state
+    return name[: name.find("lora")] + "lora" if "lora" in name else name
+
+
+def _is_known(key: str, value: object) -> bool:
+    """Tell whether a value can be mapped, or does not depend on the factor's size."""
+    if key in MOMENTS or key in MEANS:
+        return value is None or type(value) is Tensor or hasattr(value, "full_tensor")
+    return (
+        value is None or isinstance(value, (bool, int, float, str)) or (isinstance(value, Tensor) and value.ndim == 0)
+    )
+
+
+def _shape(value: object) -> object:
+    return value.shape if isinstance(value, Tensor) else None
+
+
+def _elements(value: object) -> Iterable[object]:
+    """Return what a container holds, or the value itself."""
+    if isinstance(value, Mapping):
+        return (*value.keys(), *value.values())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return cast(Iterable[object], value)
+    return (value,)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flowra_allocation.bottleneck_gram import BottleneckGram
 
-__all__ = ["Keep", "LayerView", "Moves", "Policy", "Rebasing", "Snapshot"]
+__all__ = ["Keep", "LayerView", "Moves", "NewTriplets", "Policy", "Rebasing", "Snapshot"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -90,13 +90,30 @@ Keep = tuple[int, ...] | Rebasing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class NewTriplets:
+    """New directions with exactly these values, for an update of triplets; it changes unless E is zero."""
+
+    lora_A: Tensor
+    """``(k, n)``."""
+    lora_E: Tensor
+    """``(k,)``."""
+    lora_B: Tensor
+    """``(m, k)``."""
+
+    def __len__(self) -> int:
+        """Return k."""
+        return len(self.lora_E)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Moves:
     """What one event does: first some directions leave, then new ones come, then some are set to zero."""
 
     keep: Mapping[str, Keep] = field(default_factory=dict)
     """Module name to what stays; modules that are not named keep all."""
-    admit: Mapping[str, Tensor] = field(default_factory=dict)
-    """Module name to rows ``(k, n)`` of new directions, which do not change the update; best first."""
+    admit: Mapping[str, Tensor | NewTriplets] = field(default_factory=dict)
+    """Module name to new directions, best first: rows ``(k, n)`` of some that do not change the update (where it has
+    an E, rows and columns are made as long as those that are there), or all their values."""
     silence: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Module name to the indices, after the moves above, of directions whose E becomes zero. They stay, and may
     come back. Triplets only."""
@@ -115,10 +132,13 @@ class Policy(ABC):
 
     name: ClassVar[str]
     """Of the policy, for the history."""
-    watches: ClassVar[Literal["nothing", "grams", "grams and gradients"]] = "nothing"
-    """What is gathered on the steps before an event; the gradients serve growth."""
     follows: ClassVar[bool] = False
     """Whether :meth:`see` is called after every step until the last event."""
+
+    @property
+    def watches(self) -> Literal["nothing", "grams", "grams and gradients"]:
+        """What is gathered on the steps before an event; the gradients serve growth."""
+        return "nothing"
 
     @property
     @abstractmethod
@@ -164,6 +184,9 @@ class Policy(ABC):
             NotImplementedError: if the policy follows and does not say how.
         """
         raise NotImplementedError(f"{type(self).__name__} must define see, as it follows every step")
+
+    def moved(self, moves: Moves) -> None:  # noqa: B027 - not every policy listens
+        """Hear what an event did, on every process: what has been gathered of directions moves along with them."""
 
     def state(self) -> dict[str, Tensor]:
         """Return what :meth:`see` has gathered, so that training can be resumed."""

@@ -1,24 +1,22 @@
-"""Decide the ranks: sensitivity threshold, then the knapsack; and the plan as a file (docs/formats/plan.md)."""
+"""How much rank each module gets, and the plan as a file (docs/formats/plan.md)."""
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from flowra_allocation.knapsack import check_gains
-from flowra_allocation.sensitivity import sensitivity
-from flowra_allocation.solvers import SOLVERS
 from flowra_allocation.whole_files import replacing
 
-__all__ = ["KINDS", "ModulePlan", "RankPlan", "allocate", "mean_rank", "read_plan", "write_plan"]
+__all__ = ["KINDS", "ModulePlan", "RankPlan", "mean_rank", "read_plan", "write_plan"]
 
 PLAN_NAME = "plan.json"
 MAX_PLAN_BYTES = 64 * 2**20
 KINDS = ("lora", "dora", "svd", "svd_masked", "flora", "norm", "bitfit")
-"""Adapter methods that a plan can name. What :func:`allocate` plans is ``lora``."""
+"""Adapter methods that a plan can name. What :func:`flowra_allocation.allocate` plans is ``lora``
+where nothing else is said."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +79,7 @@ class RankPlan:
     sensitivity_threshold: float
     """η: modules with ψ < η got rank 0."""
     last_in: tuple[str, float] | None = None
-    """Module and gain per parameter of the unit taken that is worth least per parameter."""
+    """Module and gain per parameter of the unit taken, above floors, that is worth least per parameter."""
     first_out: tuple[str, float] | None = None
     """Module and gain per parameter of the unit left out for want of budget that is worth most per parameter."""
 
@@ -123,77 +121,6 @@ def _is_number(value: object) -> bool:
 def mean_rank(costs: Mapping[str, int], budget: int) -> float:
     """Return r̄ = P / Σ cost, the mean rank the budget allows; a real number (docs/methods.md, section 9)."""
     return budget / sum(costs.values())
-
-
-def allocate(
-    gains: Mapping[str, Sequence[float]],
-    costs: Mapping[str, int],
-    *,
-    budget: int,
-    sensitivity_threshold: float = 0.05,
-    scaling: float = 2.0,
-    solver: Literal["greedy", "exact"] = "greedy",
-) -> RankPlan:
-    """Spend a budget where it pays: rank 0 below the threshold, a knapsack above it.
-
-    ψ is taken over the first unit of rank, so that which modules are eligible does not depend on the budget: a larger
-    budget never plans less. (Over ⌈r̄⌉ units it would not; decision 0007.)
-
-    Args:
-        gains: module name to the flow gains of its units of rank, non-increasing (docs/methods.md, section 4).
-        costs: module name to parameters per unit of rank.
-        budget: P, in parameters.
-        sensitivity_threshold: η in [0, 1); 0 switches it off. 0.05 means a density below 1/19 of the median module's.
-        scaling: s, written into the plan.
-        solver: a name in :data:`SOLVERS`. ``greedy`` falls short of ``exact`` by at most one gain, and not at all
-            where costs are equal.
-
-    Returns:
-        The plan, modules in the order of ``gains``.
-
-    Raises:
-        ValueError: if the threshold is out of range, the solver unknown, the budget below one unit of rank, gains are
-            malformed, or ``exact`` would take too long.
-
-    Example:
-        >>> gains, costs = {"query": [10.0, 1.0], "value": [6.0, 0.0]}, {"query": 10, "value": 5}
-        >>> allocate(gains, costs, budget=10).ranks
-        {'query': 0, 'value': 2}
-        >>> allocate(gains, costs, budget=10, solver="exact").ranks
-        {'query': 1, 'value': 0}
-    """
-    if solver not in SOLVERS:
-        raise ValueError(f"solver must be one of {sorted(SOLVERS)}, got {solver!r}")
-    if not 0 <= sensitivity_threshold < 1:
-        raise ValueError(f"sensitivity_threshold must be in [0, 1), got {sensitivity_threshold}")
-    check_gains(gains, costs, max(budget, 0))
-    cheapest = min(costs.values(), default=0)
-    if not gains or budget < cheapest:
-        raise ValueError(
-            f"budget must be at least one unit of rank, {cheapest} parameters here, got {budget}. Raise it."
-        )
-    psi = sensitivity(gains, costs)
-    caps = {name: len(gains[name]) if psi[name] >= sensitivity_threshold else 0 for name in gains}
-    chosen = SOLVERS[solver](gains, costs, budget, caps=caps)
-    modules = {
-        name: ModulePlan(
-            rank=chosen.ranks[name],
-            alpha=scaling * chosen.ranks[name],
-            cost_per_rank=costs[name],
-            psi=psi[name],
-            gains=tuple(float(gain) for gain in gains[name]),
-        )
-        for name in gains
-    }
-    return RankPlan(
-        modules=modules,
-        budget=budget,
-        parameters=chosen.parameters,
-        scaling=scaling,
-        sensitivity_threshold=sensitivity_threshold,
-        last_in=chosen.last_in,
-        first_out=chosen.first_out,
-    )
 
 
 def write_plan(plan: RankPlan, folder: str | Path) -> Path:

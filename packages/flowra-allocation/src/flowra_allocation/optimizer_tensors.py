@@ -1,0 +1,108 @@
+"""What an optimiser remembers, as tensors by parameter name: for checkpoints without pickle, over a change of rank.
+
+``torch.save(optimizer.state_dict())`` is a pickle and counts parameters instead of naming them. Here every value has
+the name of its parameter, so a file of them can be read, checked and compared.
+
+=================================  ====================================================
+name                               tensor
+=================================  ====================================================
+``state/<key>/<parameter name>``   what is remembered, such as ``exp_avg``, as it is
+``count/<key>/<parameter name>``   what is remembered as a number, 0-d
+``group/<index>/<key>``            a number of a parameter group, such as ``lr``, 0-d
+=================================  ====================================================
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+__all__ = ["optimizer_tensors", "restore_optimizer"]
+
+
+def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Copy the optimiser's state and the numbers of its parameter groups to the CPU.
+
+    Args:
+        model: that names the parameters.
+        optimizer: of some of its parameters.
+
+    Returns:
+        Name to tensor, as in the table above; what is None is left out.
+
+    Raises:
+        ValueError: if the optimiser holds a parameter that the model does not have.
+        TypeError: if something that is remembered is neither a tensor nor a number.
+    """
+    tensors = {}
+    for parameter, state in optimizer.state.items():
+        name = _name(model, parameter)
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"state/{key}/{name}"] = value.detach().to("cpu", copy=True).contiguous()
+            elif value is not None:
+                tensors[f"count/{key}/{name}"] = _number(value, key)
+    for index, group in enumerate(optimizer.param_groups):
+        for key, value in group.items():
+            if type(value) in {int, float}:
+                tensors[f"group/{index}/{key}"] = _number(value, key)
+    return tensors
+
+
+def restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Give a new optimiser what another remembered; call when the model has the ranks that it had then.
+
+    Args:
+        model: that names the parameters.
+        optimizer: built as the other was, over parameters of the same names and shapes.
+        tensors: from :func:`optimizer_tensors`.
+
+    Raises:
+        ValueError: if a tensor has no place; nothing is changed then.
+    """
+    parameters = dict(model.named_parameters())
+    groups = {id(each): group for group in optimizer.param_groups for each in group["params"]}
+    states: dict[Tensor, dict[str, object]] = {}
+    numbers: list[tuple[int, str, float]] = []
+    for full_name, value in tensors.items():
+        kind, _, rest = full_name.partition("/")
+        key, _, name = rest.partition("/")
+        if kind == "group" and key.isdecimal() and int(key) < len(optimizer.param_groups) and value.ndim == 0:
+            numbers.append((int(key), name, value.item()))
+            continue
+        parameter = parameters.get(name)
+        if kind not in {"state", "count"} or parameter is None or id(parameter) not in groups:
+            raise ValueError(f"tensors must be of parameters that the optimizer holds, got {full_name!r}")
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"tensors must be finite, got NaN or infinity in {full_name!r}")
+        if kind == "count":
+            states.setdefault(parameter, {})[key] = value.item()
+            continue
+        if value.shape != parameter.shape and key in {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}:
+            raise ValueError(
+                f"tensors must fit their parameters, got {tuple(value.shape)} for {tuple(parameter.shape)} in"
+                f" {full_name!r}. Restore the refinement before the optimizer."
+            )
+        group = groups[id(parameter)]
+        on_cpu = key == "step" and not (group.get("capturable") or group.get("fused"))  # as load_state_dict has it
+        states.setdefault(parameter, {})[key] = value.to("cpu" if on_cpu else parameter.device, copy=True)
+    optimizer.state.clear()
+    optimizer.state.update(states)
+    for index, key, number in numbers:
+        optimizer.param_groups[index][key] = number
+
+
+def _name(model: nn.Module, parameter: Tensor) -> str:
+    for name, each in model.named_parameters():
+        if each is parameter:
+            return name
+    raise ValueError(f"optimizer must hold parameters of the model, got another of shape {tuple(parameter.shape)}")
+
+
+def _number(value: object, key: str) -> Tensor:
+    if type(value) not in {int, float}:
+        raise TypeError(
+            f"what an optimizer remembers must be tensors and numbers, got {type(value).__name__} in {key!r}"
+        )
+    return torch.tensor(value, dtype=torch.int64 if type(value) is int else torch.float64)

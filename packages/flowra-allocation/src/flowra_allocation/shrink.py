@@ -1,0 +1,96 @@
+"""The policy `shrink`: start above the budget, and give back what is worth least (docs/methods.md, section 7).
+
+The parameters allowed after step t fall from κP at the start to P at the freeze,
+
+    P(t) = P + (κ − 1) P (1 − p)³        p = (t − start)/(freeze − start)
+
+and at each event the directions with the smallest gain per parameter leave until the rest fits. Gains within a module
+fall, so dropping from the tail of each module loses the least for what is freed, up to less than one unit: the KKT gap
+says by how much the worst direction kept beats the best one dropped. Nothing comes back, so parameters never rise.
+
+Gains are those of :mod:`flowra_allocation.directions`, measured anew at each event: of the batches watched before it
+(``flow``), or of the update alone (``magnitude``). The final count is ≤ P; the peak is κP, and both are reported.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from flowra_allocation.directions import measure_directions
+from flowra_allocation.policy import Moves, Policy, Snapshot
+from flowra_allocation.schedule import RefinementSchedule
+from flowra_allocation.shedding import shed
+
+__all__ = ["Shrink"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shrink(Policy):
+    """Drop the directions worth least per parameter until P(t) holds.
+
+    Raises:
+        ValueError: if κ or the measure is out of range.
+    """
+
+    name = "shrink"
+
+    schedule: RefinementSchedule
+    """When."""
+    measure: Literal["flow", "magnitude"] = "flow"
+    """What a direction is worth: what the K-FAC model of the loss loses, or the squared norm of its part of ΔW."""
+    kappa: float = 2.0
+    """κ: parameters at the start, as a multiple of the budget, > 1."""
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if self.measure not in ("flow", "magnitude"):
+            raise ValueError(f'measure must be "flow" or "magnitude", got {self.measure!r}')
+        if not self.kappa > 1:
+            raise ValueError(f"kappa must be > 1, for otherwise there is nothing to shrink, got {self.kappa}")
+
+    @property
+    def watches(self) -> Literal["nothing", "grams"]:
+        """Grams, if they are what a direction is measured by."""
+        return "grams" if self.measure == "flow" else "nothing"
+
+    @property
+    def settings(self) -> Mapping[str, float | str | bool | None]:
+        """Schedule, measure and κ."""
+        return {**asdict(self.schedule), "measure": self.measure, "kappa": self.kappa}
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Those of the schedule."""
+        return self.schedule.steps
+
+    @property
+    def observe(self) -> int:
+        """That of the schedule."""
+        return self.schedule.observe
+
+    @property
+    def peak(self) -> float:
+        """κ."""
+        return self.kappa
+
+    def allowed(self, step: int, budget: int) -> int:
+        """Count the parameters ⌊P(t)⌋ allowed after a step, between ⌊κP⌋ until the start and P from the freeze on."""
+        progress = (step - self.schedule.start) / (self.schedule.freeze - self.schedule.start)
+        return int(budget + (self.kappa - 1) * budget * (1 - min(max(progress, 0.0), 1.0)) ** 3)
+
+    def decide(self, snapshot: Snapshot) -> Moves:
+        """Drop what does not fit P(t)."""
+        directions = {name: measure_directions(view, self.measure) for name, view in snapshot.layers.items()}
+        costs = {name: view.cost for name, view in snapshot.layers.items()}
+        allowed = self.allowed(snapshot.step, snapshot.budget)
+        shedding = shed({name: each.gains for name, each in directions.items()}, costs, budget=allowed)
+        return Moves(
+            keep={
+                name: directions[name].best(rank)
+                for name, rank in shedding.keep.items()
+                if rank < snapshot.layers[name].rank
+            },
+            importance={name: sum(each.gains) / costs[name] for name, each in directions.items()},
+            budget=allowed,
+            kkt_gap=shedding.kkt_gap,
+        )

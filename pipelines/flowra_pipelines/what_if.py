@@ -1,0 +1,413 @@
+"""What a plan would be under another budget, other limits, another solver or other gains; trains nothing."""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal
+
+from flowra_adapters.peft_writer import VLLM_RANKS
+from flowra_allocation import (
+    SOLVERS,
+    RankPlan,
+    allocate,
+    harmonic_gains,
+    one_shot_limits,
+    parse_budget,
+    placement_plan,
+    random_plan,
+    read_plan,
+    spectral_gains,
+    uniform_plan,
+)
+from flowra_analysis import FlowProfile, layer_type
+from flowra_pipelines.errors import UserError
+from flowra_pipelines.placements import PLACEMENTS, placed
+from flowra_pipelines.profile_commands import read_profile_at
+from flowra_pipelines.same_budget import parameters_of
+
+__all__ = ["STATIC", "Answer", "Question", "Sources", "Step", "answer", "plan_at", "read_sources"]
+
+STATIC = ("uniform", "random", *PLACEMENTS)
+"""Plans that look at no data."""
+ROLES = {"q": {"Q", "QKV"}, "k": {"K", "QKV"}, "v": {"V", "QKV"}, "o": {"O"}}
+FLOW = "flow_gains"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """What is asked; None and nothing leave things as they are."""
+
+    budget: str | None = None
+    caps: Sequence[str] = ()
+    """``16``, or ``q,v=16``."""
+    floors: Sequence[str] = ()
+    """``1``, or ``q,v=1``."""
+    frozen: Sequence[str] = ()
+    """``q,v``, or ``q,v=4``."""
+    rank_steps: str | None = None
+    """``vllm``, or ranks with commas between."""
+    solver: str = "greedy"
+    threshold: float | None = None
+    source: str | None = None
+    """A kind of spectrum or a statistic of the profile; by default the plan's own gains."""
+    static: str | None = None
+    """One of :data:`STATIC`."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sources:
+    """What there is to ask of: a plan, a profile, or both."""
+
+    where: str
+    plan: RankPlan | None
+    profile: FlowProfile | None
+    costs: dict[str, int]
+    """Module name to parameters per unit of rank, of those that are planned anew."""
+    kept: tuple[str, ...]
+    """Modules of the plan whose cost is not in proportion to rank, which a plan does not say at other ranks."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """What a server whose buffers have one rank pays at that rank."""
+
+    rank: int
+    """Of all buffers."""
+    parameters: int
+    """Of the plan."""
+    gain: float
+    """Planned by it."""
+    unused: int
+    """Parameters of the buffers of its modules that stay empty."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """The plan, and what else to know."""
+
+    plan: RankPlan
+    notes: tuple[str, ...]
+    ladder: tuple[Step, ...] = field(default=())
+    """With vLLM's steps: each at which a server could keep its buffers, the present one last."""
+
+
+def plan_at(path: Path) -> tuple[Path, RankPlan]:
+    """Find and read a plan: a ``plan.json``, a folder with one, or a run's folder.
+
+    Returns:
+        The file and the plan.
+
+    Raises:
+        UserError: if there is none, or it cannot be read.
+    """
+    folder = _folder_with(path, "plan.json", ("", "allocate"))
+    if folder is None:
+        raise UserError(f"plan must be a plan.json, a folder with one, or a run that has come to allocate, got {path}")
+    try:
+        return folder / "plan.json", read_plan(folder)
+    except OSError as error:
+        raise UserError(f"plan must be readable, got {error.strerror} for {folder}") from None
+    except ValueError as error:
+        raise UserError(" ".join(str(error).split())) from None
+
+
+def read_sources(path: Path) -> Sources:
+    """Read the plan and the profile of a run, or the one that is given.
+
+    Returns:
+        Both, as far as they are there.
+
+    Raises:
+        UserError: if neither is there, one cannot be read, or they are not of the same modules.
+    """
+    profile_folder = _folder_with(path, "profile.json", ("", "calibrate"))
+    plan = plan_at(path)[1] if _folder_with(path, "plan.json", ("", "allocate")) else None
+    if plan is None and profile_folder is None:
+        raise UserError(f"what-if must ask of a plan.json, a profile.json, a folder with one, or a run, got {path}")
+    profile = None if profile_folder is None else read_profile_at(profile_folder)
+    if plan is None:
+        assert profile is not None
+        costs = {name: module.cost_per_rank for name, module in profile.modules.items()}
+        return Sources(where=str(path), plan=None, profile=profile, costs=costs, kept=())
+    if profile is not None and not plan.modules.keys() <= profile.modules.keys():
+        other = sorted(plan.modules.keys() - profile.modules.keys())[0]
+        raise UserError(f"plan and profile must be of the same modules, got {other!r} in the plan only; in {path}")
+    kept = tuple(name for name, module in plan.modules.items() if module.parameters is not None)
+    costs = {name: module.cost_per_rank for name, module in plan.modules.items() if name not in kept}
+    return Sources(where=str(path), plan=plan, profile=profile, costs=costs, kept=kept)
+
+
+def answer(sources: Sources, question: Question) -> Answer:
+    """Plan again.
+
+    Returns:
+        The plan, with notes on what was assumed.
+
+    Raises:
+        UserError: if the question cannot be asked of this plan or profile.
+    """
+    try:
+        return _static(sources, question) if question.static else _allocated(sources, question)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _allocated(sources: Sources, question: Question) -> Answer:
+    if question.solver not in SOLVERS:
+        raise UserError(f"solver must be one of {', '.join(SOLVERS)}, got {question.solver!r}")
+    solver: Literal["greedy", "exact"] = "exact" if question.solver == "exact" else "greedy"
+    budget = _budget(sources, question.budget)
+    gains, one_shot = _gains(sources, question.source)
+    caps, floors = _ranks(sources, question.caps, "cap"), _ranks(sources, question.floors, "floor")
+    notes = []
+    if one_shot:
+        floor, cap = one_shot_limits(sources.costs, budget=budget)
+        caps, floors = cap if caps is None else caps, floor if floors is None else floors
+        notes.append(
+            f"{question.source} was not measured on a learned update, so unless you say otherwise ranks stay between"
+            f" {floor} and {cap}, near the uniform rank."
+        )
+    vllm = question.rank_steps == "vllm"
+    if vllm and isinstance(caps, int) and caps not in VLLM_RANKS:
+        above = next((step for step in VLLM_RANKS if step > caps), VLLM_RANKS[-1])
+        raise UserError(
+            f"cap must be one of vLLM's ranks {', '.join(map(str, VLLM_RANKS))}, got {caps}: a server keeps buffers of"
+            f" rank {above} for it. Take one of these, or leave --rank-steps out."
+        )
+
+    def solved(cap: int | Mapping[str, int] | None, cap_steps: Sequence[int] | None) -> RankPlan:
+        return allocate(
+            gains,
+            sources.costs,
+            budget=budget,
+            sensitivity_threshold=_threshold(sources, question),
+            scaling=2.0 if sources.plan is None else sources.plan.scaling,
+            solver=solver,
+            caps=cap,
+            floors=floors,
+            frozen=_frozen(sources, question.frozen),
+            rank_steps=None if vllm or question.rank_steps is None else _steps(question.rank_steps),
+            cap_steps=cap_steps,
+            kinds=_kinds(sources),
+        )
+
+    plan = solved(caps, VLLM_RANKS if vllm else None)
+    ladder: list[Step] = []
+    if vllm:
+        tried = {_buffer_rank(one): one for one in (solved(caps, [rank]) for rank in VLLM_RANKS)}
+        ladder = [_step(tried[rank], rank) for rank in sorted(tried)]
+        notes.append(
+            f"A vLLM server keeps buffers of one rank for all modules: here {_buffer_rank(plan)} (max_lora_rank), the"
+            f" largest rank being {max(plan.ranks.values())}."
+        )
+    return Answer(plan=_with_kept(sources, plan, notes), notes=tuple(notes), ladder=tuple(ladder))
+
+
+def _static(sources: Sources, question: Question) -> Answer:
+    """Plan without a look at gains; what would have no effect is refused."""
+    for option, value in {
+        "floor": question.floors,
+        "freeze": question.frozen,
+        "rank-steps": question.rank_steps,
+        "from": question.source,
+        "threshold": question.threshold,
+    }.items():
+        if value not in (None, ()) and value != []:
+            raise UserError(f"--{option} has no effect with --static {question.static}")
+    if question.static not in STATIC:
+        raise UserError(f"static must be one of {'; '.join(STATIC)}, got {question.static!r}")
+    budget, gains = _budget(sources, question.budget), None
+    if sources.plan is not None or (sources.profile is not None and FLOW in sources.profile.spectra):
+        gains = _gains(sources, None)[0]
+    scaling = 2.0 if sources.plan is None else sources.plan.scaling
+    caps, said = _largest(sources), _ranks(sources, question.caps, "cap")
+    if said is not None:
+        said = said if isinstance(said, Mapping) else dict.fromkeys(caps, said)
+        caps |= {name: min(cap, caps[name]) for name, cap in said.items()}
+    if question.static == "uniform":
+        plan = uniform_plan(sources.costs, budget=budget, seed=question.seed, caps=caps, gains=gains, scaling=scaling)
+    elif question.static == "random":
+        plan = random_plan(sources.costs, budget=budget, seed=question.seed, caps=caps, gains=gains, scaling=scaling)
+    else:
+        names = placed(sources.costs, question.static)
+        plan = placement_plan(sources.costs, names, budget=budget, caps=caps, gains=gains, scaling=scaling)
+    notes: list[str] = []
+    return Answer(plan=_with_kept(sources, plan, notes), notes=tuple(notes))
+
+
+# what is read
+
+
+def _folder_with(path: Path, name: str, places: Sequence[str]) -> Path | None:
+    if path.name == name and path.is_file():
+        return path.parent
+    return next((path / place for place in places if (path / place / name).is_file()), None)
+
+
+def _gains(sources: Sources, source: str | None) -> tuple[dict[str, list[float]], bool]:
+    """Return gains by module, and whether they are of one shot: not measured on a learned update."""
+    if source is None and sources.plan is not None:
+        return {name: list(sources.plan.modules[name].gains) for name in sources.costs}, False
+    kind = source or FLOW
+    if sources.profile is None:
+        raise UserError(f"--from {kind} needs a profile, got none in {sources.where}. Give the run's folder.")
+    profile = sources.profile
+    if kind in profile.spectra:
+        spectra = {name: each.tolist() for name, each in profile.spectra[kind].items()}
+        _require(sources.costs, spectra, kind)
+        own = {name: spectra[name] for name in sources.costs}
+        return (own, False) if kind == FLOW else (spectral_gains(own), True)
+    scores = {name: module.statistics[kind] for name, module in profile.modules.items() if kind in module.statistics}
+    if not scores:
+        known = sorted({*profile.spectra, *(key for each in profile.modules.values() for key in each.statistics)})
+        near = difflib.get_close_matches(kind, known, n=3, cutoff=0.0)
+        raise UserError(f"--from must be a spectrum or a statistic of the profile, got {kind!r}; nearest: {near}")
+    _require(sources.costs, scores, kind)
+    return harmonic_gains({name: scores[name] for name in sources.costs}, _largest(sources)), True
+
+
+def _largest(sources: Sources) -> dict[str, int]:
+    """Return each module's largest rank: that of its weight or, where its shape is not known, that of the probe."""
+    if sources.profile is not None:
+        return {name: min(sources.profile.modules[name].shape) for name in sources.costs}
+    assert sources.plan is not None
+    return {name: len(sources.plan.modules[name].gains) for name in sources.costs}
+
+
+def _require(names: Iterable[str], known: Mapping[str, object], kind: str) -> None:
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise UserError(f"--from must be known of every module, got {kind!r}, which {missing[0]!r} has not")
+
+
+def _budget(sources: Sources, text: str | None) -> int:
+    """Return what the modules that are planned anew may spend."""
+    kept = 0 if sources.plan is None else sum(sources.plan.modules[name].used for name in sources.kept)
+    if text is not None:
+        if sources.profile is None and text.strip().endswith("%"):
+            raise UserError(f"budget in per cent needs the base's size, got {text!r} for a plan alone. Give the run.")
+        base = 1 if sources.profile is None else sources.profile.base_parameters
+        found = parse_budget(
+            text,
+            base_parameters=base,
+            unit_cost=lambda names: sum(sources.costs[name] for name in _called(sources.costs, names, "budget")),
+            parameters_of=parameters_of,
+        )
+    elif sources.plan is not None:
+        found = sources.plan.budget
+    else:
+        assert sources.profile is not None
+        known = sources.profile.provenance.get("budget_parameters")
+        if not isinstance(known, int):
+            raise UserError("budget must be given, since the profile does not say one. Add --budget.")
+        found = known
+    if found < kept:
+        raise UserError(f"budget must be at least the {kept} parameters of the modules that are kept, got {found}")
+    return found - kept
+
+
+def _threshold(sources: Sources, question: Question) -> float:
+    if question.threshold is not None:
+        return question.threshold
+    return 0.05 if sources.plan is None else sources.plan.sensitivity_threshold
+
+
+def _kinds(sources: Sources) -> dict[str, str]:
+    return {} if sources.plan is None else {name: sources.plan.modules[name].kind for name in sources.costs}
+
+
+def _with_kept(sources: Sources, plan: RankPlan, notes: list[str]) -> RankPlan:
+    """Put the modules back whose cost at other ranks is not known, in the plan's order."""
+    if sources.plan is None or not sources.kept:
+        return plan
+    notes.append(f"{len(sources.kept)} modules are kept: their cost at other ranks is not in the plan.")
+    old = sources.plan.modules
+    modules = {name: old[name] if name in sources.kept else plan.modules[name] for name in old}
+    used = sum(old[name].used for name in sources.kept)
+    return replace(plan, modules=modules, budget=plan.budget + used, parameters=plan.parameters + used)
+
+
+# what options mean
+
+
+def _called(names: Iterable[str], patterns: Sequence[str], option: str) -> list[str]:
+    """Resolve exact names, tails of names, shell patterns over either, and ``q``, ``k``, ``v``, ``o``."""
+    known = list(names)
+    found: set[str] = set()
+    for pattern in (each.strip() for each in patterns):
+        own = {
+            name
+            for name in known
+            if any(fnmatchcase(tail, pattern) for tail in (name, *_tails(name)))
+            or layer_type(name) in ROLES.get(pattern, ())
+        }
+        if not own:
+            tails = sorted({tail for name in known for tail in (name, *_tails(name))})
+            near = difflib.get_close_matches(pattern, tails, n=1, cutoff=0.0)
+            raise UserError(f"{option} must name modules of the plan, got {pattern!r}; nearest: {', '.join(near)}")
+        found |= own
+    return [name for name in known if name in found]
+
+
+def _tails(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(1, len(parts))]
+
+
+def _ranks(sources: Sources, given: Sequence[str], option: str) -> int | dict[str, int] | None:
+    """Read ``16`` and ``q,v=8``; what names modules comes before what names none, the last before the first."""
+    everywhere: int | None = None
+    by_name: dict[str, int] = {}
+    for text in given:
+        names, _, rank = text.rpartition("=")
+        if not rank.strip().isascii() or not rank.strip().isdigit():
+            raise UserError(f"--{option} must be a rank, or names=rank, got {text!r}. Example: --{option} q,v=8")
+        if names:
+            by_name |= dict.fromkeys(_called(sources.costs, names.split(","), option), int(rank))
+        else:
+            everywhere = int(rank)
+    if not by_name:
+        return everywhere
+    return by_name if everywhere is None else {**dict.fromkeys(sources.costs, everywhere), **by_name}
+
+
+def _frozen(sources: Sources, given: Sequence[str]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for text in given:
+        names, equals, rank = text.partition("=")
+        called = _called(sources.costs, names.split(","), "freeze")
+        if equals:
+            if not rank.strip().isascii() or not rank.strip().isdigit():
+                raise UserError(f"--freeze must be names, or names=rank, got {text!r}. Example: --freeze q,v=4")
+            found |= dict.fromkeys(called, int(rank))
+        elif sources.plan is None:
+            raise UserError(f"--freeze without a rank needs a plan, got a profile only. Say --freeze {text}=4.")
+        else:
+            found |= {name: sources.plan.modules[name].rank for name in called}
+    return found
+
+
+def _steps(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise UserError(f"--rank-steps must be vllm, or ranks ≥ 1 with commas between, got {text!r}. Example: 4,8,16")
+    return [int(part) for part in parts]
+
+
+# vLLM's buffers
+
+
+def _buffer_rank(plan: RankPlan) -> int:
+    largest = max(plan.ranks.values())
+    return next((step for step in VLLM_RANKS if step >= largest), largest)
+
+
+def _step(plan: RankPlan, rank: int) -> Step:
+    held = sum(rank * module.cost_per_rank for module in plan.modules.values() if module.rank)
+    gain = sum(sum(module.gains[: module.rank]) for module in plan.modules.values())
+    return Step(rank=rank, parameters=plan.parameters, gain=gain, unused=held - plan.parameters)
