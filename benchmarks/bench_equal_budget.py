@@ -161,13 +161,13 @@ class Run:
         inside = ("query", "key", "value", "attention.output", "q_proj", "k_proj", "v_proj", "o_proj")
         return [name for name in self.costs if not any(part in name for part in inside)]
 
-    def attach(self, ranks: Mapping[str, int], kind: str = "lora") -> dict[str, Any]:
+    def attach(self, ranks: Mapping[str, int], method: str = "lora") -> dict[str, Any]:
         """Put adapters on; modules of rank 0 get an empty one, so that they may grow."""
         return dict(
             attach(
                 self.model,
                 dict(ranks),
-                kind=kind,
+                method=method,
                 scaling=SCALING,
                 modules_to_save=self.heads,
                 generator=torch.Generator().manual_seed(self.seed),
@@ -226,17 +226,17 @@ def moving(
     *,
     names: Callable[[Run], Sequence[str]] = lambda run: list(run.costs),
     kappa: float = 1.0,
-    kind: str = "lora",
+    method: str = "lora",
 ) -> Method:
     """Start evenly at κ times the budget, and let a policy move rank."""
 
     def train(run: Run) -> tuple[int, int]:
         decides = policy(run)
-        layers = run.attach(start(run, names(run), int(kappa * run.budget)), kind)
+        layers = run.attach(start(run, names(run), int(kappa * run.budget)), method)
         optimizer = run.optimizer()
         refiner = refiner_of(run, layers, decides)
         run.callbacks.append(RefinementCallback(refiner))
-        if kind == "svd":
+        if method == "svd":
             run.callbacks.append(PenaltyCallback(lambda: ORTHOGONALITY * orthogonality(adapters(run.model).values())))
         run.train(optimizer)
         return counted(run)[0], refiner.history.peak
@@ -367,12 +367,12 @@ METHODS: dict[str, Method] = {
     "LoRA, MLP": lora(lambda run: run.mlp, fractional=True),
     "LoRA, all layers": lora(lambda run: list(run.costs), fractional=True),
     "AdaLoRA (PEFT), q and v": peft_adalora,
-    "AdaLoRA, all layers": moving(adalora, kappa=2.0, kind="svd"),
+    "AdaLoRA, all layers": moving(adalora, kappa=2.0, method="svd"),
     "FlexLoRA, q and v": moving(
-        lambda run: FlexLoRA(schedule=flexlora_schedule(run), budget="params"), names=q_v, kind="svd"
+        lambda run: FlexLoRA(schedule=flexlora_schedule(run), budget="params"), names=q_v, method="svd"
     ),
     "FlexLoRA as published, q and v": moving(
-        lambda run: FlexLoRACompat(schedule=flexlora_schedule(run)), names=q_v, kind="svd"
+        lambda run: FlexLoRACompat(schedule=flexlora_schedule(run)), names=q_v, method="svd"
     ),
     "Flowra: probe": probed(None),
     "Flowra: probe, breathe": probed(lambda run: Breathe(schedule=schedule(run, first=0.4))),
