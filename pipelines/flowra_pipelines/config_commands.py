@@ -166,6 +166,8 @@ def _values(node: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
         if "properties" in items:
             return f"list of {{{', '.join(items['properties'])}}}"
         return f"list of {_values(items, schema)}"
+    if "additionalProperties" in node and node["type"] == "object":
+        return f"mapping of text to {_values(node['additionalProperties'], schema)}"
     limits = ", ".join(f"{sign} {node[bound]}" for bound, sign in BOUNDS.items() if bound in node)
     pattern = f"matching {node['pattern']}" if "pattern" in node else ""
     return " ".join(each for each in (KINDS[node["type"]], limits, pattern) if each)
@@ -188,13 +190,14 @@ def _given(file: Path, overrides: Sequence[str]) -> dict[str, tuple[object, str]
 
     config = load_config(file, overrides).model_dump(mode="json")
     content = read_content(file, overrides)
+    known = {each.name for each in keys(config_schema())}
     changed = [each.partition("=")[0].strip() for each in overrides]
     found: dict[str, tuple[object, str]] = {}
 
     def walk(values: Mapping[str, Any], given: Mapping[str, Any], prefix: str) -> None:
         for name, value in values.items():
             path, own = f"{prefix}{name}", given.get(name, {})
-            if isinstance(value, dict):
+            if isinstance(value, dict) and path not in known:
                 walk(value, own or {}, f"{path}.")
             elif name not in given:
                 found[path] = (value, "default")

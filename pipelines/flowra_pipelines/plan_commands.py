@@ -76,7 +76,9 @@ flowra plan what-if runs/demo --rank-steps vllm --solver exact
 flowra plan what-if runs/demo --static uniform --seed 1
 flowra plan what-if runs/demo --budget 'same as runs/other' --write runs/demo/allocate
 
-A run whose plan is replaced trains with the new one: flowra train goes on from there.
+A run whose plan is replaced trains with it when its next stages are called one by one: flowra train, then refine, merge
+and evaluate. flowra run would plan anew; what every run should do belongs into its configuration (flowra config explain
+allocation).
 """
 
 

@@ -47,6 +47,8 @@ def build_policy(config: RunConfig) -> Policy | None:
                 metric=chosen.metric,
                 moves=chosen.moves,
                 initialisation=chosen.initialisation,
+                # counted in directions, a full budget and layers of different sizes leave no exchange that fits
+                budget="params" if chosen.moves == "both" else "ranks",
             )
         case "flexlora_compat":
             return FlexLoRACompat(schedule=_flexlora_schedule(config))
@@ -54,17 +56,30 @@ def build_policy(config: RunConfig) -> Policy | None:
             return None
 
 
-def largest_ranks(plan: RankPlan, budget: int, layers: Mapping[str, LoRA | SVDForm]) -> dict[str, int]:
+def largest_ranks(
+    plan: RankPlan,
+    budget: int,
+    layers: Mapping[str, LoRA | SVDForm],
+    *,
+    caps: int | Mapping[str, int] | None = None,
+) -> dict[str, int]:
     """Say how far each module's rank may grow: to eight mean ranks of the budget, as far as its tensors allow.
 
+    Args:
+        plan: whose modules they are.
+        budget: P.
+        layers: module name to its update.
+        caps: largest rank that was asked for, of all or by name.
+
     Returns:
-        Module name to rank; at least the one that the plan gave it.
+        Module name to rank; at least the one that it has.
     """
     cap = math.ceil(CAP * mean_rank({name: module.cost_per_rank for name, module in plan.modules.items()}, budget))
     found = {}
     for name, layer in layers.items():
         largest = layer.max_rank if isinstance(layer, SVDForm) else min(layer.lora_A.shape[1], layer.lora_B.shape[0])
-        found[name] = min(max(cap, layer.rank), largest)
+        asked = caps.get(name, cap) if isinstance(caps, Mapping) else cap if caps is None else caps
+        found[name] = min(max(min(asked, cap), layer.rank), largest)
     return found
 
 

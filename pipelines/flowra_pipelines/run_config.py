@@ -4,6 +4,7 @@ Imports no library package, so that ``--help`` stays fast; a test compares the d
 """
 
 import difflib
+import json
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -37,9 +38,12 @@ __all__ = [
 SAID_OF_YAML = {
     "model_type": "must be a section of keys",
     "tuple_type": "must be a list, such as [a, b]",
+    "dict_type": "must be ranks by pattern, such as {query: 8}",
     "invalid_key": "must be a word",
 }
 UNION = {"str", "int"}
+RANK_STEPS = "vllm, or ranks ≥ 1 such as [4, 8, 16]"
+SENSITIVITY_THRESHOLD = 0.05
 TRIPLET_POLICIES = frozenset({"flexlora", "flexlora_compat", "adalora"})
 """Policies whose updates are B diag(E) A; those of the others are B A."""
 TRIPLET_KEYS = frozenset({"start", "freeze", "interval", "back_end", "orthogonality"})
@@ -181,12 +185,49 @@ class ValidationConfig(Section):
     """Modules that the probe is trained without, and that are trained alone; two trainings each."""
 
 
-class AllocationConfig(Section):
-    """How the budget is spent."""
+Rank = Annotated[int, Field(ge=0)]
+Ranks = dict[str, Rank]
 
+
+class AllocationConfig(Section):
+    """How the budget is spent.
+
+    Patterns are names of modules, tails of names (``query``), shell patterns, or ``q``, ``k``, ``v``, ``o``; commas
+    between several. Each must match, and no two of one key may say different ranks of a module.
+    """
+
+    plan: Literal["flow", "uniform", "random", "q,v", "attention", "mlp", "all"] = "flow"
+    """``flow``: where the probe gained. The others look at no data, to be compared with: ``uniform``, one rank
+    everywhere and one more where the seed falls; ``random``, units drawn; or one rank on ``q,v``, ``attention``,
+    ``mlp`` or ``all``."""
     solver: Literal["greedy", "exact"] = "greedy"
     """``greedy`` takes the unit of rank with the largest gain per parameter, again and again; ``exact`` finds the
     optimum, which is larger by at most one unit's gain, and not at all where costs are equal."""
+    cap: Rank | None = None
+    """Largest rank of a module, of the plan and while rank moves; by default what the policy allows."""
+    caps: Ranks | None = None
+    """Largest rank by pattern, such as ``{"q,v": 8}``; before ``cap``."""
+    floor: Rank | None = None
+    """Least rank of a module, also where ψ is below the threshold, as far as caps allow."""
+    floors: Ranks | None = None
+    """Least rank by pattern; before ``floor``."""
+    frozen: Ranks | None = None
+    """Ranks by pattern that are given and stay, whatever else is said."""
+    rank_steps: Literal["vllm"] | Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None = None
+    """``[4, 8, 16]``: every rank is one of these, or 0. ``vllm``: the largest rank is a size of vLLM's buffers, for a
+    server pays for the largest everywhere."""
+
+    @model_validator(mode="after")
+    def _what_the_plan_reads(self) -> "AllocationConfig":
+        """Check that no option is without effect."""
+        for key in ("solver", "floor", "floors", "frozen", "rank_steps"):
+            if self.plan != "flow" and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"allocation.{key} has no effect with allocation.plan {self.plan}")
+        return self
+
+    def __hash__(self) -> int:
+        """Hash ranks by pattern, too, which are mappings."""
+        return hash(json.dumps(self.model_dump(mode="json"), sort_keys=True))
 
 
 class RefinementConfig(Section):
@@ -328,8 +369,8 @@ class RunConfig(Section):
     """Of initialisation, dropout and data order."""
     budget: str | int = "0.1%"
     """Adapter parameters, heads not counted: a percentage of the base's (``0.1%``), a number (``22713``, ``300k``), a
-    size in float32 (``2MB``), or ``like r=8 on q,v``."""
-    sensitivity_threshold: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    size in float32 (``2MB``), ``like r=8 on q,v``, or ``same as PATH``: what the plan, adapter or run there has."""
+    sensitivity_threshold: Annotated[float, Field(ge=0, lt=1)] = SENSITIVITY_THRESHOLD
     """η: modules with ψ below it get no rank. 0 switches it off."""
     model: ModelConfig
     data: DataConfig
@@ -355,6 +396,14 @@ class RunConfig(Section):
             )
         if moving:
             _check_that_events_fire(self.refinement, freeze - start)
+        if self.allocation.plan != "flow" and self.sensitivity_threshold != SENSITIVITY_THRESHOLD:
+            raise ValueError(f"sensitivity_threshold has no effect with allocation.plan {self.allocation.plan}")
+        for key in ("floor", "floors", "frozen", "rank_steps"):
+            if moving and getattr(self.allocation, key) is not None:
+                raise ValueError(
+                    f"allocation.{key} must be left out with refinement.policy {self.refinement.policy}, which moves"
+                    " rank without regard to it; set refinement.policy: none"
+                )
         if self.data.test is None and "test_split" in self.data.model_fields_set:
             raise ValueError("data.test_split has no effect without data.test")
         if self.data.test is not None and "test_fraction" in self.data.model_fields_set:
@@ -444,7 +493,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     try:
         return RunConfig.model_validate(read_content(source, overrides))
     except ValidationError as error:
-        lines = dict.fromkeys(_explain(dict(problem)) for problem in error.errors())
+        lines = dict.fromkeys(_explain(dict(problem)) for problem in error.errors() if not _said_before(problem["loc"]))
         raise UserError("; ".join(lines) + f"; in {where}") from None
 
 
@@ -526,12 +575,19 @@ def _explain(problem: dict[str, Any]) -> str:
         return str(problem["msg"]).removeprefix("Value error, ")
     given = repr(problem["input"])
     given = given if len(given) <= 80 else f"{given[:77]}..."
+    if "literal['vllm']" in location:
+        return f"{'.'.join(location[:-1])} must be {RANK_STEPS}, got {given}"
     if "literal['auto']" in location or location[-2:-1] == ["learning_rate"]:  # a part of a union, each on its own
         return f"{'.'.join(location[:-1])} must be a number greater than 0, or auto, got {given}"
     if location[-1] in UNION:  # pydantic reports each part of a union on its own
         return f"{key.rpartition('.')[0]} must be text or a whole number, got {given}"
     message = SAID_OF_YAML.get(problem["type"]) or re.sub(r"^\w+ should ", "must ", str(problem["msg"]))
     return f"{key} {message}, got {given}"
+
+
+def _said_before(location: tuple[int | str, ...]) -> bool:
+    """Tell whether this is about a list where a word could be, too: that is said with the word, once."""
+    return any(str(part).startswith("tuple[") for part in location)
 
 
 def _fields_at(location: list[str]) -> list[str]:

@@ -8,7 +8,7 @@ from flowra_pipelines.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["parameters_of"]
+__all__ = ["number_of_same", "parameters_of"]
 
 ADAPTERS = ("", "adapter", "refine/adapter")
 """Where under a folder its adapter is. What merge writes may hold other adapters, too, and does not count."""
@@ -58,6 +58,22 @@ def parameters_of(path: str | Path) -> int:
     for beside in (found.magnitudes, found.biases, found.bias_offsets):
         tensors += beside.values()
     return sum(tensor.numel() for tensor in tensors)
+
+
+def number_of_same(budget: str | int) -> str | int:
+    """Return the number for ``same as PATH``, so that it is seen when the file there changes; others as they are.
+
+    Raises:
+        UserError: if nothing that can be counted is there.
+    """
+    if not str(budget).strip().startswith("same"):
+        return budget
+    from flowra_allocation import parse_budget
+
+    try:
+        return parse_budget(budget, base_parameters=1, parameters_of=parameters_of)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _count(tensors: "dict[str, Tensor]") -> int:

@@ -3,7 +3,6 @@
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
@@ -15,23 +14,19 @@ from flowra_allocation import (
     harmonic_gains,
     one_shot_limits,
     parse_budget,
-    placement_plan,
-    random_plan,
     read_plan,
     spectral_gains,
-    uniform_plan,
 )
-from flowra_analysis import FlowProfile, layer_type
+from flowra_analysis import FlowProfile
 from flowra_pipelines.errors import UserError
-from flowra_pipelines.placements import PLACEMENTS, placed
+from flowra_pipelines.module_names import modules_called
 from flowra_pipelines.profile_commands import read_profile_at
+from flowra_pipelines.rank_limits import CAP_STEPS, check_cap_of_vllm
 from flowra_pipelines.same_budget import parameters_of
+from flowra_pipelines.static_plans import STATIC, static_plan
 
-__all__ = ["STATIC", "Answer", "Question", "Sources", "Step", "answer", "plan_at", "read_sources"]
+__all__ = ["Answer", "Question", "Sources", "Step", "answer", "plan_at", "read_sources"]
 
-STATIC = ("uniform", "random", *PLACEMENTS)
-"""Plans that look at no data."""
-ROLES = {"q": {"Q", "QKV"}, "k": {"K", "QKV"}, "v": {"V", "QKV"}, "o": {"O"}}
 FLOW = "flow_gains"
 
 
@@ -53,7 +48,7 @@ class Question:
     source: str | None = None
     """A kind of spectrum or a statistic of the profile; by default the plan's own gains."""
     static: str | None = None
-    """One of :data:`STATIC`."""
+    """One of ``static_plans.STATIC``."""
     seed: int = 0
 
 
@@ -165,7 +160,7 @@ def _allocated(sources: Sources, question: Question) -> Answer:
     gains, one_shot = _gains(sources, question.source)
     caps, floors = _ranks(sources, question.caps, "cap"), _ranks(sources, question.floors, "floor")
     notes = []
-    if one_shot:
+    if one_shot and question.rank_steps is None:  # steps are limits of their own
         floor, cap = one_shot_limits(sources.costs, budget=budget)
         caps, floors = cap if caps is None else caps, floor if floors is None else floors
         notes.append(
@@ -173,12 +168,8 @@ def _allocated(sources: Sources, question: Question) -> Answer:
             f" {floor} and {cap}, near the uniform rank."
         )
     vllm = question.rank_steps == "vllm"
-    if vllm and isinstance(caps, int) and caps not in VLLM_RANKS:
-        above = next((step for step in VLLM_RANKS if step > caps), VLLM_RANKS[-1])
-        raise UserError(
-            f"cap must be one of vLLM's ranks {', '.join(map(str, VLLM_RANKS))}, got {caps}: a server keeps buffers of"
-            f" rank {above} for it. Take one of these, or leave --rank-steps out."
-        )
+    if vllm and isinstance(caps, int):
+        check_cap_of_vllm(caps, what="cap", instead="leave --rank-steps out")
 
     def solved(cap: int | Mapping[str, int] | None, cap_steps: Sequence[int] | None) -> RankPlan:
         return allocate(
@@ -196,7 +187,7 @@ def _allocated(sources: Sources, question: Question) -> Answer:
             kinds=_kinds(sources),
         )
 
-    plan = solved(caps, VLLM_RANKS if vllm else None)
+    plan = solved(caps, CAP_STEPS if vllm else None)
     ladder: list[Step] = []
     if vllm:
         tried = {_buffer_rank(one): one for one in (solved(caps, [rank]) for rank in VLLM_RANKS)}
@@ -224,18 +215,22 @@ def _static(sources: Sources, question: Question) -> Answer:
     budget, gains = _budget(sources, question.budget), None
     if sources.plan is not None or (sources.profile is not None and FLOW in sources.profile.spectra):
         gains = _gains(sources, None)[0]
-    scaling = 2.0 if sources.plan is None else sources.plan.scaling
     caps, said = _largest(sources), _ranks(sources, question.caps, "cap")
     if said is not None:
         said = said if isinstance(said, Mapping) else dict.fromkeys(caps, said)
         caps |= {name: min(cap, caps[name]) for name, cap in said.items()}
-    if question.static == "uniform":
-        plan = uniform_plan(sources.costs, budget=budget, seed=question.seed, caps=caps, gains=gains, scaling=scaling)
-    elif question.static == "random":
-        plan = random_plan(sources.costs, budget=budget, seed=question.seed, caps=caps, gains=gains, scaling=scaling)
-    else:
-        names = placed(sources.costs, question.static)
-        plan = placement_plan(sources.costs, names, budget=budget, caps=caps, gains=gains, scaling=scaling)
+    plan = static_plan(
+        question.static,
+        sources.costs,
+        budget=budget,
+        seed=question.seed,
+        caps=caps,
+        gains=gains,
+        scaling=2.0 if sources.plan is None else sources.plan.scaling,
+    )
+    kinds = _kinds(sources)
+    modules = {name: replace(module, kind=kinds.get(name, module.kind)) for name, module in plan.modules.items()}
+    plan = replace(plan, modules=modules)
     notes: list[str] = []
     return Answer(plan=_with_kept(sources, plan, notes), notes=tuple(notes))
 
@@ -295,7 +290,7 @@ def _budget(sources: Sources, text: str | None) -> int:
         found = parse_budget(
             text,
             base_parameters=base,
-            unit_cost=lambda names: sum(sources.costs[name] for name in _called(sources.costs, names, "budget")),
+            unit_cost=lambda names: sum(sources.costs[name] for name in modules_called(sources.costs, names, "budget")),
             parameters_of=parameters_of,
         )
     elif sources.plan is not None:
@@ -335,30 +330,6 @@ def _with_kept(sources: Sources, plan: RankPlan, notes: list[str]) -> RankPlan:
 # what options mean
 
 
-def _called(names: Iterable[str], patterns: Sequence[str], option: str) -> list[str]:
-    """Resolve exact names, tails of names, shell patterns over either, and ``q``, ``k``, ``v``, ``o``."""
-    known = list(names)
-    found: set[str] = set()
-    for pattern in (each.strip() for each in patterns):
-        own = {
-            name
-            for name in known
-            if any(fnmatchcase(tail, pattern) for tail in (name, *_tails(name)))
-            or layer_type(name) in ROLES.get(pattern, ())
-        }
-        if not own:
-            tails = sorted({tail for name in known for tail in (name, *_tails(name))})
-            near = difflib.get_close_matches(pattern, tails, n=1, cutoff=0.0)
-            raise UserError(f"{option} must name modules of the plan, got {pattern!r}; nearest: {', '.join(near)}")
-        found |= own
-    return [name for name in known if name in found]
-
-
-def _tails(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[start:]) for start in range(1, len(parts))]
-
-
 def _ranks(sources: Sources, given: Sequence[str], option: str) -> int | dict[str, int] | None:
     """Read ``16`` and ``q,v=8``; what names modules comes before what names none, the last before the first."""
     everywhere: int | None = None
@@ -368,7 +339,7 @@ def _ranks(sources: Sources, given: Sequence[str], option: str) -> int | dict[st
         if not rank.strip().isascii() or not rank.strip().isdigit():
             raise UserError(f"--{option} must be a rank, or names=rank, got {text!r}. Example: --{option} q,v=8")
         if names:
-            by_name |= dict.fromkeys(_called(sources.costs, names.split(","), option), int(rank))
+            by_name |= dict.fromkeys(modules_called(sources.costs, names.split(","), option), int(rank))
         else:
             everywhere = int(rank)
     if not by_name:
@@ -380,7 +351,7 @@ def _frozen(sources: Sources, given: Sequence[str]) -> dict[str, int]:
     found: dict[str, int] = {}
     for text in given:
         names, equals, rank = text.partition("=")
-        called = _called(sources.costs, names.split(","), "freeze")
+        called = modules_called(sources.costs, names.split(","), "freeze")
         if equals:
             if not rank.strip().isascii() or not rank.strip().isdigit():
                 raise UserError(f"--freeze must be names, or names=rank, got {text!r}. Example: --freeze q,v=4")

@@ -632,3 +632,12 @@ def test_a_magnitude_must_fit() -> None:
     _, empty = adapted(rank=0)
     with pytest.raises(ValueError, match=r"lora_magnitude must have shape \(4,\) and rank ≥ 1, got \(4,\) at 0"):
         empty.replace_magnitude(torch.ones(4))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_new_magnitude_trains_as_b_does_for_a_may_be_frozen(trained: bool) -> None:
+    _, one = adapted()
+    one.lora_A.requires_grad_(not trained)
+    one.lora_B.requires_grad_(trained)
+    one.replace_magnitude(torch.ones(4))
+    assert magnitude(one).requires_grad == trained

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from flowra_adapters import AdapterCheckpoint, attach, save_adapter, write_checkpoint
+from flowra_adapters.peft_writer import VLLM_RANKS
 from flowra_testing.asserts import randomise
 from flowra_testing.tiny_models import batch, llama_causal_lm
-from flowra_testing.vllm_rules import read_as_vllm, serve
+from flowra_testing.vllm_rules import MAX_LORA_RANKS, read_as_vllm, serve
 
 UNEQUAL = {"q_proj": 4, "v_proj": 2, "model.layers.0.mlp.down_proj": 7, "model.layers.1.self_attn.v_proj": 0}
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -71,6 +72,22 @@ def test_what_is_written_for_vllm_has_one_allowed_rank_and_equal_logits(tmp_path
     assert {update.lora_a.shape[0] for update in updates.values()} == {16}
     assert serve(base, updates) == len(updates) == 6
     torch.testing.assert_close(logits(base), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_rank_1_is_not_filled_up_for_vllm_has_buffers_of_it(tmp_path: Path) -> None:
+    model = llama_causal_lm()
+    for seed, one in enumerate(attach(model, {"q_proj": 1}).values()):
+        randomise(one, seed=seed)
+    save_adapter(model, tmp_path, consumer="vllm")
+    base = llama_causal_lm()
+    updates = read_as_vllm(tmp_path, modules=MODULES, max_lora_rank=1)
+    assert {update.lora_a.shape[0] for update in updates.values()} == {1}
+    assert serve(base, updates) > 0
+    torch.testing.assert_close(logits(base), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_the_ranks_written_for_vllm_are_those_it_takes() -> None:
+    assert VLLM_RANKS == MAX_LORA_RANKS
 
 
 def test_dora_is_cut_for_vllm_and_the_error_is_that_of_the_weights(tmp_path: Path) -> None:

@@ -254,6 +254,16 @@ def test_a_start_at_the_target_moves_nothing(budgeted: bool) -> None:
         assert not moves.silence
 
 
+def test_nothing_falls_silent_before_the_last_event_where_every_step_so_far_was_skipped() -> None:
+    policy, layers = adalora(target_rank=1), {"a": view(3)}
+    overflowed = {
+        name: torch.full_like(getattr(layers["a"], name), torch.inf) for name in ("lora_A", "lora_E", "lora_B")
+    }
+    policy.see(layers, {"a": overflowed})
+    assert [decided(policy, step, layers).silence for step in policy.steps] == [{}] * len(policy.steps)
+    assert decided(policy, policy.steps[-1], layers).keep == {"a": (2,)}
+
+
 def test_a_silent_triplet_returns_when_its_score_has_risen() -> None:
     policy, layers = adalora(target_rank=2), {"a": view(3)}
     assert decided(with_scores(policy, {"a": [1.0, 2.0, 3.0]}), 9, layers).silence == {"a": (0,)}
@@ -288,6 +298,11 @@ def test_nothing_to_move_is_refused() -> None:
 def test_more_triplets_at_the_end_than_there_are_are_refused() -> None:
     with pytest.raises(ValueError, match="target_rank must be at most the 3 triplets that are there, got 4"):
         adalora(target_rank=4).check(Snapshot(step=0, layers={"a": view(3)}, budget=9, seed=0))
+
+
+def test_triplets_that_fit_the_budget_are_refused_before_training() -> None:
+    with pytest.raises(ValueError, match="ranks must start above the budget of 12 parameters for triplets to leave"):
+        adalora(target_rank=None).check(Snapshot(step=0, layers={"a": view(3, 4)}, budget=12, seed=0))
 
 
 def test_a_target_rank_that_may_break_the_budget_is_refused() -> None:

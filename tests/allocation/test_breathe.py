@@ -3,9 +3,11 @@
 from typing import NamedTuple
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flowra_allocation import BottleneckGram, Breathe, LayerView, RefinementSchedule, Snapshot
 from flowra_allocation.breathe import admit
 from flowra_allocation.shedding import shed
 
@@ -159,3 +161,50 @@ def test_the_density_and_not_the_gain_decides_who_leaves() -> None:
 def test_a_module_of_rank_zero_may_be_tried() -> None:
     moves = breathe({"a": []}, {"a": 2}, budget=4, share=0.5, predictions={"a": 1.0}, caps={"a": 1})
     assert moves == Moves(keep={"a": 0}, admit=("a",), kkt_gap=None)
+
+
+# The policy itself, on plain values.
+
+
+def view(rank: int, *, cost: int = 10, cap: int = 99, energy: float = 1.0) -> LayerView:
+    """An update whose directions all are worth something, and whose module would grow if its energy is not 0."""
+    gram = BottleneckGram(*(torch.diag(torch.arange(1.0, rank + 1)).double() for _ in range(2)), 4.0, 4.0)
+    return LayerView(
+        lora_A=torch.eye(rank, 128),
+        lora_B=torch.eye(128, rank),
+        cost=cost,
+        cap=cap,
+        gram=gram,
+        growth=(energy, torch.eye(1, 128)[0]),
+    )
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 40), st.integers(1, 12), st.booleans(), st.sampled_from([0.0, 1.0])),
+        min_size=1,
+        max_size=4,
+    ),
+    st.floats(0.01, 0.9),
+)
+def test_less_than_one_unit_of_what_is_freed_stays_free(
+    modules: list[tuple[int, int, bool, float]], share: float
+) -> None:
+    layers = {
+        f"m{index}": view(rank, cost=cost, cap=rank if full else 99, energy=energy)
+        for index, (rank, cost, full, energy) in enumerate(modules)
+    }
+    budget = sum(each.cost * each.rank for each in layers.values())
+    policy = Breathe(schedule=RefinementSchedule(start=0, freeze=8, events=2), share=share)
+    moves = policy.decide(Snapshot(step=4, layers=layers, budget=budget, seed=0))
+    left = {name: len(moves.keep[name].lora_A) if name in moves.keep else each.rank for name, each in layers.items()}
+    after = sum(each.cost * (left[name] + (name in moves.admit)) for name, each in layers.items())
+    assert budget - 2 * max(each.cost for each in layers.values()) < after <= budget
+
+
+def test_what_no_module_could_take_up_is_not_taken_away() -> None:
+    full, flat = view(3, cap=3), view(3, energy=0.0)
+    policy = Breathe(schedule=RefinementSchedule(start=0, freeze=8, events=2), share=0.5)
+    moves = policy.decide(Snapshot(step=4, layers={"full": full, "flat": flat}, budget=60, seed=0))
+    assert moves.keep == {}
+    assert moves.admit == {}

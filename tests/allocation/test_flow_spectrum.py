@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flowra_allocation import BottleneckGram, balance, flow_spectrum, truncate
+from flowra_allocation.bottleneck_gram import flow_spectra
 from flowra_testing.tiny_models import seeded
 
 SCALING = 1.5
@@ -123,6 +124,15 @@ def test_inputs_that_are_all_zero_have_zero_gains_and_truncate_to_finite_factors
 def test_an_update_that_has_not_moved_has_zero_gains() -> None:
     spectrum = flow_spectrum(BottleneckGram.of(torch.randn(9, 3), torch.zeros(9, 3), examples=3))
     assert spectrum.gains.count_nonzero() == 0
+
+
+def test_many_spectra_at_once_are_those_of_each_alone() -> None:
+    ranks = (3, 0, 1, 3, 2, 3)
+    grams = [BottleneckGram.of(torch.randn(9, rank), torch.randn(9, rank), examples=3) for rank in ranks]
+    grams[3] = BottleneckGram.of(torch.zeros(9, 3), torch.randn(9, 3), examples=3)  # beside others of its rank
+    for one, gram in zip(flow_spectra(grams), grams, strict=True):
+        alone = flow_spectrum(gram)
+        torch.testing.assert_close((one.gains, one.to_A, one.to_B), (alone.gains, alone.to_A, alone.to_B))
 
 
 def test_rank_zero_has_an_empty_spectrum() -> None:

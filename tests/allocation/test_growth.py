@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from flowra_allocation import GradientSketch
+from flowra_allocation.growth import leading_directions
 
 
 def normal_component(a: Tensor, b: Tensor, gradient: Tensor) -> Tensor:
@@ -70,6 +71,21 @@ def test_equal_seeds_give_equal_bits() -> None:
     first, second = (sketch_of(a, b, x, g).leading_direction() for _ in range(2))
     assert first[0] == second[0]
     assert torch.equal(first[1], second[1])
+
+
+def test_directions_of_many_sketches_at_once_are_those_of_each_alone() -> None:
+    shapes = [(30, 40, 4), (6, 6, 0), (25, 50, 2), (3, 5, 3), (30, 40, 0)]  # the fourth has nothing left to follow
+    sketches = [
+        sketch_of(torch.randn(r, n), torch.randn(m, r), torch.randn(5, n), torch.randn(5, m)) for m, n, r in shapes
+    ]
+    sketches.append(sketch_of(torch.randn(4, 40), torch.randn(30, 4), torch.zeros(1, 40), torch.zeros(1, 30)))
+    together = leading_directions(sketches)
+    for (energy, row), sketch in zip(together, sketches, strict=True):
+        expected, direction = sketch.leading_direction()
+        assert energy == pytest.approx(expected, rel=1e-12)
+        torch.testing.assert_close(row * torch.sign(row @ direction), direction)
+    assert [energy > 0 for energy, _ in together] == [True, True, True, False, True, False]
+    assert [len(row) for _, row in together] == [40, 6, 50, 5, 40, 40]
 
 
 def test_memory_is_linear_in_the_sides_of_the_weight() -> None:

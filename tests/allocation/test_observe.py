@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from transformers import BertForSequenceClassification
 
 from flowra_allocation import BottleneckObserver
+from flowra_allocation.observe import check_growable
 from flowra_testing.explicit_grams import assert_same, explicit, losses
 from flowra_testing.stand_in_adapter import StandInAdapter, hang
 from flowra_testing.tiny_models import batch, bert_classifier, called_twice, mlp
@@ -231,3 +232,55 @@ def test_an_observer_that_saw_nothing_says_so() -> None:
         pass
     with pytest.raises(ValueError, match="observer must see at least one forward and backward pass, got none"):
         observer.total()
+
+
+def test_a_batch_that_is_not_finite_is_left_out() -> None:
+    model, layers = model_and_layers()
+    data = batch(num_labels=3)
+    with BottleneckObserver(model, layers, loss="mean", sketch=True, generator=torch.Generator()) as observer:
+        model(**data).loss.backward()
+        (model(**data).loss * float("inf")).backward()
+    assert_same(observer.total(), explicit(model, layers, data))
+    assert all(
+        torch.isfinite(direction).all()
+        for each in observer.sketches.values()
+        for direction in [each.leading_direction()[1]]
+    )
+
+
+def test_gradients_in_half_precision_are_widened_before_they_are_scaled() -> None:
+    model = mlp().half()
+    layers = hang(model, {"up": 2})
+    layers["up"].lora_B.data.fill_(1.0)
+    with BottleneckObserver(model, layers, loss="mean") as observer:
+        hidden = layers["up"](torch.ones(64, 8, dtype=torch.float16))
+        observer._examples = 64
+        hidden.sum().mul(1000).backward()
+    assert observer.total()["up"].finite
+
+
+def test_an_update_that_learns_but_never_shows_its_bottleneck_is_an_error() -> None:
+    model = mlp()
+    layers = hang(model, {"up": 2, "down": 2})
+    hidden = layers["up"]
+    with BottleneckObserver(model, layers, loss="mean") as observer:
+        output = model(torch.ones(3, 8)).sum() + (hidden.lora_B @ hidden.lora_A).sum()
+        observer._shown.discard("up")
+        hidden.observer = None
+        (output + (hidden.lora_B @ hidden.lora_A).sum()).backward()
+        observer._shown.discard("up")
+    with pytest.raises(
+        ValueError, match="layers must show their bottleneck where directions are ranked by flow, got none from 'up'"
+    ):
+        observer.total()
+
+
+def test_growth_by_gradients_is_refused_for_what_is_not_linear() -> None:
+    model = nn.Sequential(nn.Conv1d(4, 4, 3))
+    layers = {"0": hang(mlp(), {"up": 2})["up"]}
+    with pytest.raises(
+        ValueError, match="layers must be linear where new directions follow the gradient, got Conv1d at '0'"
+    ):
+        check_growable(model, layers)
+    with pytest.raises(ValueError, match="got a part of a weight at '0:q'"):
+        check_growable(model, {"0:q": layers["0"]})

@@ -452,3 +452,13 @@ def test_the_learning_rate_schedule_still_drives_the_trainer_s_groups(tmp_path: 
     groups = run.trainer.optimizer.param_groups
     assert all(group["lr"] == 0 for group in groups)  # linear decay has reached its end
     assert sum(len(group["params"]) for group in groups) == 2 * len(run.layers)
+
+
+def test_events_share_the_ranks_that_did_not_change() -> None:
+    ranks = [{"a": 2}, {"a": 1}, {"a": 1}]
+    history = RankHistory(initial={"a": 2}, budget=9, policy="p", settings={}, steps=(1, 2, 3), peak=0)
+    for step, each in enumerate(ranks, 1):
+        history.add(RankEvent(step=step, ranks=each, parameters=1, budget=9))
+    assert [event["ranks"] for event in history.as_json()["events"]] == ranks
+    assert history.events[0].ranks is history.initial
+    assert history.events[2].ranks is history.events[1].ranks

@@ -108,9 +108,10 @@ def test_the_rest_fits_and_less_than_the_dearest_unit_is_left_free(measure: Meas
 def test_the_kkt_gap_separates_what_is_kept_from_what_is_dropped(measure: Measure, snapshot: Snapshot) -> None:
     policy = Shrink(schedule=SCHEDULE, measure=measure)
     ranks = kept(snapshot, policy)
+    directions = measure_directions(snapshot.layers, measure)
     staying, leaving = [], []
     for name, view in snapshot.layers.items():
-        densities = [gain / view.cost for gain in measure_directions(view, measure).gains]
+        densities = [gain / view.cost for gain in directions[name].gains]
         staying += densities[: ranks[name]]
         leaving += densities[ranks[name] :]
     gap = policy.decide(snapshot).kkt_gap
@@ -263,3 +264,25 @@ def test_two_runs_are_equal_bit_by_bit(form: Form) -> None:
 def test_a_start_above_the_peak_is_refused() -> None:
     with pytest.raises(ValueError, match=r"ranks must fit the budget of 100 parameters, got"):
         PolicyRun(Shrink(schedule=SCHEDULE), "pair", budget=50)
+
+
+def test_updates_that_fit_the_budget_are_refused_before_training() -> None:
+    with pytest.raises(ValueError, match="ranks must start above the budget of 1000 parameters to shrink, got "):
+        PolicyRun(Shrink(schedule=SCHEDULE), "pair", budget=1000)
+
+
+@pytest.mark.parametrize("triplets", [False, True])
+@MEASURES
+def test_what_is_not_finite_is_refused_and_not_ranked(measure: Measure, triplets: bool) -> None:
+    rows = torch.full((2, 5), float("nan")) if measure == "magnitude" else torch.randn(2, 5)
+    broken = torch.full((2, 2), float("nan"), dtype=torch.float64)
+    view = LayerView(
+        lora_A=rows,
+        lora_B=torch.randn(4, 2),
+        lora_E=torch.ones(2) if triplets else None,
+        cost=9,
+        cap=4,
+        gram=BottleneckGram(torch.eye(2, dtype=torch.float64), broken, 3.0, 3.0),
+    )
+    with pytest.raises(ValueError, match="must be finite, got NaN or infinity"):
+        measure_directions({"up": view}, measure)

@@ -210,6 +210,8 @@ def problems() -> dict[str, str]:
         refused(f"grow-{method}", lambda one=one: grow(one, torch.ones(1, 13, dtype=torch.float64)))
         values = {name: whole(each.detach()) for name, each in one.named_parameters()}
         refused(f"replace-{method}", lambda one=one, values=values: one.replace_factors(**values))
+        refused(f"shrink-{method}", lambda one=one: one.shrink([2, 0]))
+        refused(f"append-{method}", lambda one=one: one.grow(torch.ones(1, 13, dtype=torch.float64)))
     masked, _ = adapted()
     refused("compact-ddp", lambda: compact(DistributedDataParallel(masked)))
     refused("compact-fsdp", lambda: compact(wrapped(masked, "fsdp")))

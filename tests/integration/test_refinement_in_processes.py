@@ -99,7 +99,7 @@ def test_resizing_and_compacting_what_is_wrapped_is_refused_on_every_process(fol
         assert "layers must have slots where the model is wrapped, got 'up' in 2 processes" in problems.pop(name)
     for name in ("keep-lora", "grow-lora", "keep-svd", "grow-svd"):
         assert "layer must have slots to be resized, got" in problems.pop(name)
-    for name in ("replace-lora", "replace-svd"):
+    for name in (f"{what}-{form}" for what in ("replace", "shrink", "append") for form in ("lora", "svd")):
         assert "factors must be whole to be replaced, got sharded ones" in problems.pop(name)
     assert "got one under DistributedDataParallel. Pass its module" in problems.pop("compact-ddp")
     assert "got one that is sharded over processes" in problems.pop("compact-fsdp")

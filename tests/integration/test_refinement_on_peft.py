@@ -35,6 +35,7 @@ from flowra_allocation import (
     peft_layers,
     plan_for_peft,
 )
+from flowra_allocation.forms import changed_together
 from flowra_allocation.trainer_callback import RefinementCallback
 from flowra_testing.explicit_grams import assert_same, explicit, losses
 from flowra_testing.tiny_models import Tied, batch, bert_classifier, llama_causal_lm, mlp, nested, seeded, tied
@@ -285,6 +286,29 @@ def test_each_change_makes_a_new_configuration_so_that_other_adapters_keep_their
     assert before.rank_pattern == {}
     assert peft_layers(model, "ref")[Q].rank == 3
     assert all(torch.equal(model.get_parameter(name), each) for name, each in reference.items())
+
+
+def test_an_event_of_many_layers_writes_one_configuration_also_where_it_fails() -> None:
+    model = with_lora(llama_causal_lm())
+    layers = peft_layers(model)
+    before = model.peft_config["default"]
+
+    def change() -> None:
+        with changed_together(layers.values()):
+            keep(layers[Q], [0])
+            with changed_together(layers.values()):
+                keep(layers[V], [])
+            assert model.peft_config["default"] is before
+            raise RuntimeError("in between")
+
+    with pytest.raises(RuntimeError, match="in between"):
+        change()
+    after = model.peft_config["default"]
+    assert after.rank_pattern == {f"^{Q}".replace(".", r"\."): 1}
+    assert V not in after.target_modules
+    with changed_together(layers.values()):
+        pass
+    assert model.peft_config["default"] is after
 
 
 def test_an_adapter_that_transformers_itself_added_moves_too(tmp_path: Path) -> None:

@@ -242,11 +242,24 @@ def known_gains(run: RunConfig, *, budget: int) -> None:
     write_profile(changed, run.folder / "calibrate")
 
 
-def rank_to_exchange(run: RunConfig) -> None:
+def rank_to_exchange(run: RunConfig, *, budget: int = 700) -> None:
     """Put into the profile that both directions of six layers are worth much, so that the plan gives them rank 2."""
     profile = read_profile(run.folder / "calibrate")
     cheapest = sorted(profile.modules, key=lambda name: (profile.modules[name].cost_per_rank, name))[:6]
     gains = {name: torch.full((2,), 2.0 if name in cheapest else 1.0, dtype=torch.float64) for name in profile.modules}
+    changed = dataclasses.replace(
+        profile,
+        spectra={**profile.spectra, "flow_gains": gains},
+        provenance={**profile.provenance, "budget_parameters": budget},
+    )
+    write_profile(changed, run.folder / "calibrate")
+
+
+def rank_for_one(run: RunConfig) -> None:
+    """Put into the profile that twelve directions of one layer are worth all, so that its rank is more than 8."""
+    profile = read_profile(run.folder / "calibrate")
+    gains = {name: torch.zeros(2, dtype=torch.float64) for name in profile.modules}
+    gains["bert.encoder.layer.0.attention.self.query"] = torch.ones(12, dtype=torch.float64)
     write_profile(
         dataclasses.replace(profile, spectra={**profile.spectra, "flow_gains": gains}), run.folder / "calibrate"
     )
@@ -286,6 +299,13 @@ TO_REFINE = ("allocate", "train", "refine")
 OF_BREATHE = ("refinement.events", "refinement.observe", "refinement.share")
 SHRINK = {"refinement.policy": "shrink"}
 FLEXLORA = {"refinement.policy": "flexlora", "refinement.interval": 2, "refinement.b0": 2}
+NO_MOVES = {"refinement.policy": "none"}
+STAYING: dict[str, Any] = {
+    "stages": ("allocate",),
+    "beside": NO_MOVES,
+    "without": OF_BREATHE,
+    "prepare": rank_to_exchange,
+}
 IN_FLEXLORA: dict[str, Any] = {
     "stages": TO_REFINE,
     "beside": FLEXLORA,
@@ -365,6 +385,24 @@ ROWS = (
     Row("validation.examples", 16, loss_changes, stages=("validate",), beside={"validation.retrained": 0}),
     Row("validation.retrained", 1, modules_trained_alone, stages=("validate",), beside={"validation.retrained": 0}),
     Row("allocation.solver", "exact", planned_ranks, stages=("allocate",), prepare=partial(known_gains, budget=96)),
+    *(
+        Row("allocation.plan", plan, planned_ranks, stages=("allocate",))
+        for plan in ("uniform", "random", "q,v", "attention", "mlp")
+    ),
+    Row(
+        "allocation.plan",
+        "all",
+        planned_ranks,
+        stages=("allocate",),
+        prepare=partial(rank_to_exchange, budget=1000),
+    ),
+    Row("allocation.cap", 1, planned_ranks, stages=("allocate",), prepare=rank_to_exchange),
+    Row("allocation.caps", {"query": 0}, planned_ranks, stages=("allocate",), prepare=rank_to_exchange),
+    Row("allocation.floor", 1, planned_ranks, **STAYING | {"prepare": partial(rank_to_exchange, budget=1000)}),
+    Row("allocation.floors", {"intermediate.dense": 1}, planned_ranks, **STAYING),
+    Row("allocation.frozen", {"layer.0.intermediate.dense": 3}, planned_ranks, **STAYING),
+    Row("allocation.rank_steps", [1], planned_ranks, **STAYING),
+    Row("allocation.rank_steps", "vllm", planned_ranks, **STAYING | {"prepare": rank_for_one}),
     Row("refinement.policy", "none", rank_moves, stages=("refine",), without=OF_BREATHE),
     Row("refinement.policy", "shrink", parameters_over_time, stages=TO_REFINE, without=("refinement.share",)),
     Row("refinement.policy", "adalora", files_to_train_on, stages=TO_REFINE, without=OF_BREATHE),
@@ -594,11 +632,11 @@ def nested(flat: Mapping[str, object]) -> dict[str, Any]:
     return content
 
 
-def values(content: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+def values(section: BaseModel, prefix: str = "") -> dict[str, object]:
     """Turn sections into dotted keys."""
     flat: dict[str, object] = {}
-    for key, value in content.items():
-        flat |= values(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    for key, value in section:
+        flat |= values(value, f"{prefix}{key}.") if isinstance(value, BaseModel) else {prefix + key: value}
     return flat
 
 
@@ -717,7 +755,7 @@ def test_a_key_changes_an_outcome(row: Row, scored: list[int]) -> None:
     before = row.shows(first)
     second = run({**unchanged, **row.along, row.key: row.value}, row.stages, scored)
     after = row.shows(second)
-    were, are = values(first.config.model_dump()), values(second.config.model_dump())
+    were, are = values(first.config), values(second.config)
     different = {key for key in were if were[key] != are[key]}
     assert different == {row.key.partition("[]")[0], *row.along}, "a row must change its key alone"
     assert after != before, f"{row.key} must have an effect, got the same outcome for {row.value!r}"

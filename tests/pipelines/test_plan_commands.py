@@ -274,6 +274,7 @@ def test_for_vllm_the_largest_rank_becomes_one_that_it_has_buffers_for_and_the_w
     content = asked(here, wide, "--rank-steps", "vllm")
     assert ranks(content) == {"h.0.q_proj": 8, "h.0.v_proj": 7}
     assert content["ladder"] == [
+        {"rank": 1, "parameters": 20, "gain": 9.0, "unused": 0},
         {"rank": 8, "parameters": 150, "gain": 71.0, "unused": 2 * 8 * 10 - 150},
         {"rank": 16, "parameters": 150, "gain": 92.0, "unused": 2 * 16 * 10 - 150},
     ]
@@ -285,8 +286,14 @@ def test_for_vllm_the_largest_rank_becomes_one_that_it_has_buffers_for_and_the_w
 def test_a_cap_that_vllm_has_no_buffers_for_is_refused_with_those_it_has(wide: Path, here: Run) -> None:
     code, _, complaint = here("what-if", wide, "--rank-steps", "vllm", "--cap", "12")
     assert code == 2
-    assert complaint.startswith("flowra: cap must be one of vLLM's ranks 8, 16, 32, 64, 128, 256, 320, 512, got 12: a")
+    assert complaint.startswith(
+        "flowra: cap must be one of vLLM's ranks 1, 8, 16, 32, 64, 128, 256, 320, 512, got 12: a"
+    )
     assert max(ranks(asked(here, wide, "--rank-steps", "vllm", "--cap", "8")).values()) == 8
+
+
+def test_a_plan_below_rank_8_is_not_cut_to_buffers_of_rank_1(wide: Path, here: Run) -> None:
+    assert ranks(asked(here, wide, "--rank-steps", "vllm", "--budget", "60")) == {"h.0.q_proj": 6, "h.0.v_proj": 0}
 
 
 # static plans
@@ -308,6 +315,12 @@ def test_a_uniform_plan_is_drawn_by_its_seed(folder: Path, here: Run) -> None:
     for seed in (0, 1):
         content = asked(here, folder, "--static", "uniform", "--seed", str(seed))
         assert ranks(content) == uniform_plan(COSTS, budget=300, seed=seed, caps=caps).ranks
+
+
+def test_a_static_plan_of_a_run_of_triplets_is_one_of_triplets(folder: Path, here: Run) -> None:
+    write_plan(allocate(GAINS, COSTS, budget=300, kinds=dict.fromkeys(COSTS, "svd")), folder / "allocate")
+    content = asked(here, folder, "--static", "uniform")
+    assert {module["kind"] for module in content["modules"].values()} == {"svd"}
 
 
 def test_a_static_plan_has_no_more_rank_than_a_layer(folder: Path, here: Run) -> None:

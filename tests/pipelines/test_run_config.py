@@ -1,6 +1,6 @@
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from torch import nn
@@ -8,7 +8,16 @@ from torch import nn
 from flowra_adapters import attach
 from flowra_allocation import AdaLoRA, Breathe, FlexLoRA, FlexLoRASchedule, RefinementSchedule, Shrink, allocate
 from flowra_pipelines.errors import UserError
-from flowra_pipelines.run_config import AdapterConfig, RefinementConfig, RunConfig, load_config, read_content
+from flowra_pipelines.run_config import (
+    POLICY_KEYS,
+    AdapterConfig,
+    AllocationConfig,
+    RefinementConfig,
+    RunConfig,
+    load_config,
+    read_content,
+)
+from flowra_pipelines.static_plans import STATIC
 
 MINIMAL: dict[str, Any] = {"name": "one", "model": {"path": "m"}, "data": {"train": "d.csv"}}
 
@@ -86,6 +95,12 @@ def test_defaults_are_those_of_the_packages() -> None:
         ("training.schedule=liner", r"training\.schedule must be 'linear', 'cosine' or 'constant', got 'liner'"),
         (f"seed={'x' * 500}", r"seed must be a valid integer.*got 'x{76}\.\.\.; in"),
         ("1=2", r"1 must be a known key; nearest: \w+; known here: name, "),
+        ("allocation.rank_steps=vlm", r"allocation\.rank_steps must be vllm, or ranks ≥ 1 such as .*, got 'vlm'; in"),
+        ("allocation.rank_steps=[]", r"^allocation\.rank_steps must be vllm, or ranks ≥ 1 such as .*, got \[\]; in"),
+        ("allocation.rank_steps=[4, 0]", r"^allocation\.rank_steps must be vllm, or ranks .*, got \[4, 0\]; in"),
+        ("allocation.caps=8", r"allocation\.caps must be ranks by pattern, such as \{query: 8\}, got 8; in"),
+        ("allocation.caps.query=-1", r"allocation\.caps\.query must be greater than or equal to 0, got -1; in"),
+        ("allocation.plan=qv", r"allocation\.plan must be 'flow', 'uniform', .* got 'qv'"),
         ("model.task=regresion", r"model\.task must be 'sequence_classification', 'regression' or 'causal_lm', got"),
     ],
 )
@@ -123,6 +138,41 @@ def test_an_option_of_another_policy_is_refused(refinement: dict[str, Any], key:
     message = rf"refinement\.{key} has no effect with refinement\.policy {refinement['policy']}"
     with pytest.raises(UserError, match=message):
         load_config({**MINIMAL, "refinement": refinement})
+
+
+@pytest.mark.parametrize("key", ["floor=1", "floors.query=1", "frozen.query=1", "rank_steps=vllm"])
+def test_what_policies_do_not_keep_to_needs_ranks_that_stay(key: str) -> None:
+    name = key.partition("=")[0].partition(".")[0]
+    for policy in sorted(POLICY_KEYS.keys() - {"none"}):
+        wanted = (
+            rf"allocation\.{name} must be left out with refinement\.policy {policy}, .*set refinement\.policy: none"
+        )
+        with pytest.raises(UserError, match=wanted):
+            load_config(MINIMAL, [f"allocation.{key}", f"refinement.policy={policy}"])
+        load_config(MINIMAL, ["allocation.cap=4", "allocation.caps={query: 2}", f"refinement.policy={policy}"])
+    found = load_config(MINIMAL, [f"allocation.{key}", "refinement.policy=none"])
+    assert getattr(found.allocation, name) is not None
+    with pytest.raises(UserError, match=rf"allocation\.{name} has no effect with allocation\.plan uniform"):
+        load_config(MINIMAL, [f"allocation.{key}", "refinement.policy=none", "allocation.plan=uniform"])
+
+
+def test_a_static_plan_reads_neither_solver_nor_threshold() -> None:
+    with pytest.raises(UserError, match=r"allocation\.solver has no effect with allocation\.plan random"):
+        load_config(MINIMAL, ["allocation={plan: random, solver: exact}"])
+    with pytest.raises(UserError, match=r"^sensitivity_threshold has no effect with allocation\.plan q,v"):
+        load_config(MINIMAL, ["allocation={plan: 'q,v'}", "sensitivity_threshold=0.1"])
+    written_out = ["allocation={plan: mlp, solver: greedy, cap: 2}", "sensitivity_threshold=0.05"]
+    assert load_config(MINIMAL, written_out).allocation.cap == 2  # so a baseline is a --set on any configuration
+
+
+def test_static_plans_are_those_of_what_if() -> None:
+    assert get_args(AllocationConfig.model_fields["plan"].annotation) == ("flow", *STATIC)
+
+
+def test_a_configuration_with_ranks_by_pattern_can_be_remembered() -> None:
+    first, second = (load_config(MINIMAL, [f"allocation.caps={caps}"]) for caps in ("{q: 1, k: 2}", "{k: 2, q: 1}"))
+    assert first == second
+    assert hash(first) == hash(second)
 
 
 def test_options_of_one_policy_switch_each_other_off() -> None:

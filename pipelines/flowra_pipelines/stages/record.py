@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from flowra_pipelines.data import data_paths
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.run_config import RunConfig
+from flowra_pipelines.same_budget import number_of_same
 from flowra_pipelines.sources import content_hash, resolve
 
 __all__ = ["STAGES", "StageRecord", "StageResult", "earlier_records", "read_record", "run_stage"]
@@ -166,7 +167,7 @@ def _before(name: str) -> tuple[str, ...]:
 
 def _reads(config: RunConfig) -> dict[str, str]:
     """Hash what each stage and those before it read of the configuration, and of the files outside the run."""
-    values = config.model_dump(mode="json")
+    values = {**config.model_dump(mode="json"), "budget": number_of_same(config.budget)}
     base_and_data = [content_hash(path) for path in _base_and_data(config)]
     extra = [content_hash(Path(each.path)) for each in config.merge.extra if Path(each.path).exists()]
     hashes = {}

@@ -14,6 +14,7 @@ from flowra_pipelines import plots
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.learning_rate import with_learning_rate
 from flowra_pipelines.policies import build_policy, largest_ranks
+from flowra_pipelines.rank_limits import caps_of
 from flowra_pipelines.report_refinement import Refinement, adapter_shapes, refinement_figures_of
 from flowra_pipelines.run_config import RunConfig
 from flowra_pipelines.stages.phase import penalties, phase_metrics, resume_phase, save_phase
@@ -95,7 +96,7 @@ def _refiner(config: RunConfig, model: torch.nn.Module, plan: RankPlan, policy: 
             model,
             layers,
             costs={name: plan.modules[name].cost_per_rank for name in layers},
-            caps=largest_ranks(plan, budget, layers),
+            caps=largest_ranks(plan, budget, layers, caps=caps_of(config.allocation, plan.modules)),
             budget=budget,
             policy=policy,
             seed=config.seed,

@@ -14,7 +14,10 @@ from flowra_allocation import parse_budget
 from flowra_pipelines.data import Examples, TextData, load_text_data, tokenise
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.layer_names import layers_called
+from flowra_pipelines.placements import PLACEMENTS, placed
+from flowra_pipelines.rank_limits import rank_limits
 from flowra_pipelines.run_config import DataConfig, ModelConfig, RunConfig
+from flowra_pipelines.same_budget import parameters_of
 from flowra_pipelines.tasks import TASKS, Task, load_model, load_tokenizer
 
 __all__ = [
@@ -109,7 +112,7 @@ def survey(config: RunConfig, model: PreTrainedModel, task: Task) -> Layers:
         Costs, shapes and counts.
 
     Raises:
-        UserError: if a pattern matches nothing, or the budget does not pay for one unit of rank.
+        UserError: if a pattern matches nothing, limits of rank cannot be meant, or the budget pays for no unit of rank.
     """
     heads = task.heads(model)
     try:
@@ -121,6 +124,7 @@ def survey(config: RunConfig, model: PreTrainedModel, task: Task) -> Layers:
             config.budget,
             base_parameters=base_parameters,
             unit_cost=lambda wanted: sum(sum(shape_of(model, name)) for name in layers_called(model, wanted)),
+            parameters_of=parameters_of,
         )
         if "uniform" in config.evaluation.baselines:  # said now, not after the training
             uniform_layers(config, model)
@@ -133,6 +137,9 @@ def survey(config: RunConfig, model: PreTrainedModel, task: Task) -> Layers:
             f"budget must pay for at least one unit of rank, {min(costs.values(), default=0)} parameters here,"
             f" got {budget} ({config.budget} of {base_parameters}). Raise the budget."
         )
+    rank_limits(config.allocation, {name: min(shape) for name, shape in shapes.items()})  # likewise said now
+    if config.allocation.plan in PLACEMENTS:
+        placed(costs, config.allocation.plan)
     return Layers(
         costs=costs,
         shapes=shapes,

@@ -3,13 +3,16 @@
 They are pairs, or, where the policy of refine moves triplets, the same updates as triplets.
 """
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from flowra_adapters import load_adapter
-from flowra_allocation import flow_spectrum, read_plan, rebase, truncate
+from flowra_allocation import flow_spectrum, grow, read_plan, rebase, truncate
 from flowra_pipelines import plots
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.learning_rate import with_learning_rate
@@ -40,9 +43,9 @@ def train(config: RunConfig, folder: Path) -> StageResult:
         )
     if method == "lora":
         optimizer, state = resume_phase(config, setting, model, calibrated)
-        cut_to_ranks(model, plan.ranks, calibrated, optimizer)
+        bring_to_ranks(model, plan.ranks, calibrated, optimizer, seed=config.seed)
     else:
-        cut_to_ranks(model, plan.ranks, calibrated)
+        bring_to_ranks(model, plan.ranks, calibrated, seed=config.seed)
         as_triplets(model, method, heads=setting.task.heads(model), seed=config.seed)
         optimizer, state = resume_phase(config, setting, model, calibrated, new_factors=True)
     curve = train_phase(
@@ -69,9 +72,33 @@ def train(config: RunConfig, folder: Path) -> StageResult:
     )
 
 
-def cut_to_ranks(model: nn.Module, ranks: dict[str, int], calibrated: Path, optimizer: Optimizer | None = None) -> None:
-    """Truncate every adapter to its planned rank, in the K-FAC metric, with the optimiser's moments."""
-    grams = read_grams(calibrated)
+def bring_to_ranks(
+    model: nn.Module, ranks: Mapping[str, int], calibrated: Path, optimizer: Optimizer | None = None, *, seed: int
+) -> None:
+    """Give every adapter its planned rank.
+
+    Below the probe's rank it is truncated, in the K-FAC metric, with the optimiser's moments. Above it gets fresh
+    directions, A drawn as in a new adapter and B zero, so that the model goes on as it was.
+
+    Args:
+        model: that carries the probe.
+        ranks: module name to rank.
+        calibrated: folder of calibrate.
+        optimizer: of the probe.
+        seed: of fresh directions.
+
+    Raises:
+        UserError: if a planned rank exceeds what the weight allows.
+    """
+    grams, generator = read_grams(calibrated), torch.Generator().manual_seed(seed)
     for name, layer in lora_layers(model).items():
+        n, largest = layer.lora_A.shape[1], min(layer.lora_A.shape[1], layer.lora_B.shape[0])
+        if ranks[name] > largest:
+            raise UserError(f"rank must be at most {largest} for {name!r}, got {ranks[name]} in the plan")
+        fresh = ranks[name] - layer.rank
+        if fresh > 0:
+            rows = torch.empty(fresh, n).uniform_(-1 / math.sqrt(n), 1 / math.sqrt(n), generator=generator)
+            grow(layer, rows.to(layer.lora_A), optimizer)
+            continue
         a, b = truncate(layer.lora_A, layer.lora_B, flow_spectrum(grams[name]), ranks[name])
         rebase(layer, a, b, optimizer)

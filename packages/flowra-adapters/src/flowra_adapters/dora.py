@@ -151,7 +151,7 @@ class DoRA(LoRA):
         self._fit_magnitude()
 
     def replace_magnitude(self, lora_magnitude: Tensor) -> None:
-        """Install another μ ``(m,)`` as a new Parameter, in the dtype given; ``requires_grad`` is that of A.
+        """Install another μ ``(m,)`` as a new Parameter, in the dtype given; ``requires_grad`` is that of B.
 
         Raises:
             ValueError: if it does not fit the layer, or the rank is 0.
@@ -161,7 +161,7 @@ class DoRA(LoRA):
             raise ValueError(
                 f"lora_magnitude must have shape ({m},) and rank ≥ 1, got {tuple(lora_magnitude.shape)} at {self.rank}"
             )
-        self.lora_magnitude = nn.Parameter(lora_magnitude.detach().clone(), requires_grad=self.lora_A.requires_grad)
+        self.lora_magnitude = nn.Parameter(lora_magnitude.detach().clone(), requires_grad=self.lora_B.requires_grad)
 
     def _fit_magnitude(self) -> None:
         """Drop the magnitude at rank 0; elsewhere, if there is none, let the output be what it would be with c = 1."""

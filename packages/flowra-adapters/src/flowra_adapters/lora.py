@@ -144,8 +144,10 @@ class LoRA(Adapter):
         """Append ``rows`` ``(k, n)`` to A and k zero columns to B: ΔW is unchanged, ∂L/∂B of the new columns is not 0.
 
         Raises:
-            ValueError: if the rows do not fit the layer, or the new rank would exceed its largest.
+            ValueError: if the rows do not fit the layer, the new rank would exceed its largest, or the factors are
+                sharded over processes.
         """
+        refuse_sharded(self.lora_A)
         n, largest = self.operator.in_size, self.operator.max_rank
         if rows.ndim != 2 or rows.shape[1] != n:
             raise ValueError(f"rows must have shape (k, {n}), got {tuple(rows.shape)}")
@@ -160,8 +162,9 @@ class LoRA(Adapter):
         """Keep the rank slices ``keep``; ΔW loses exactly the products of the others.
 
         Raises:
-            ValueError: if an index is out of range or given twice.
+            ValueError: if an index is out of range or given twice, or the factors are sharded over processes.
         """
+        refuse_sharded(self.lora_A)
         if len(set(keep)) != len(keep) or not all(0 <= index < self.rank for index in keep):
             raise ValueError(f"keep must hold distinct indices in [0, {self.rank}), got {list(keep)}")
         index = torch.tensor(list(keep), dtype=torch.long, device=self.lora_A.device)

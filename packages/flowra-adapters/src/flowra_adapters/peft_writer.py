@@ -27,7 +27,7 @@ __all__ = ["CONFIG_NAME", "PREFIX", "TENSORS_NAME", "VLLM_RANKS", "peft_files", 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def write_checkpoint(

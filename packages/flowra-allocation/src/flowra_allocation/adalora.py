@@ -105,7 +105,7 @@ class AdaLoRA(Policy):
         return self.kappa
 
     def check(self, snapshot: Snapshot) -> None:
-        """Refuse updates without E, and more triplets at the end than there are or than the budget holds.
+        """Refuse updates without E, a budget that nothing must leave for, and more triplets at the end than it holds.
 
         Raises:
             ValueError: if that is so.
@@ -117,6 +117,11 @@ class AdaLoRA(Policy):
                 f"layers must be of triplets for AdaLoRA, got pairs: {', '.join(pairs)}. Attach SVD forms."
             )
         if self.target_rank is None:
+            if snapshot.parameters <= snapshot.budget:
+                raise ValueError(
+                    f"ranks must start above the budget of {snapshot.budget} parameters for triplets to leave, got"
+                    f" {snapshot.parameters}. Raise them, or lower the budget."
+                )
             return
         total = sum(view.rank for view in snapshot.layers.values())
         if self.target_rank > total:
@@ -136,6 +141,8 @@ class AdaLoRA(Policy):
     def decide(self, snapshot: Snapshot) -> Moves:
         """Silence what does not fit the present budget; at the last event, drop it.
 
+        Before the last, nothing is silenced where all scores are 0, as while ``GradScaler`` skips the first steps.
+
         Returns:
             What to silence, or what stays.
 
@@ -148,6 +155,8 @@ class AdaLoRA(Policy):
                 f"before_zero_grad must be called after each step, got an event at step {snapshot.step} without it"
             )
         last = snapshot.step == self._steps[-1]
+        if not last and not any(each.any() for each in scores.values()):
+            return Moves(budget=snapshot.parameters)
         leaving = self._leaving(snapshot, scores)
         if not last:
             return Moves(silence=leaving, budget=snapshot.parameters)

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["BottleneckGram", "FlowSpectrum", "balance", "flow_spectrum", "truncate"]
+__all__ = ["BottleneckGram", "FlowSpectrum", "balance", "flow_spectra", "flow_spectrum", "truncate"]
 
 
 @dataclass(frozen=True, slots=True)
 class BottleneckGram:
-    """Running sums of one module's bottleneck statistics; float64, on the CPU."""
+    """Running sums of one module's bottleneck statistics; float64."""
 
     activations: Tensor
     """Σ z zᵀ over tokens, ``(r, r)``."""
@@ -35,19 +35,20 @@ class BottleneckGram:
     """Number of examples in ``gradients``, possibly discounted."""
 
     @staticmethod
-    def of(z: Tensor, delta: Tensor, *, examples: int) -> "BottleneckGram":
+    def of(z: Tensor, delta: Tensor, *, examples: int, device: torch.device | str = "cpu") -> "BottleneckGram":
         """Sum over one batch.
 
         Args:
             z: ``(tokens, r)``, padding left out.
             delta: ``(tokens', r)``, gradients of each example's own loss.
             examples: number of examples in the batch, ≥ 1.
+            device: where the sums are held.
 
         Returns:
             Sums accumulated in float32 at least, held in float64.
         """
         z, delta = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (z, delta))
-        grams = [(each.T @ each).to("cpu", torch.float64) for each in (z, delta)]
+        grams = [(each.T @ each).to(device, torch.float64) for each in (z, delta)]
         return BottleneckGram(grams[0], grams[1], float(len(z)), float(examples))
 
     @staticmethod
@@ -64,9 +65,18 @@ class BottleneckGram:
             self.examples + other.examples,
         )
 
+    def to(self, device: torch.device | str) -> "BottleneckGram":
+        """Return the sums on another device."""
+        return BottleneckGram(self.activations.to(device), self.gradients.to(device), self.tokens, self.examples)
+
+    @property
+    def finite(self) -> bool:
+        """Whether all sums are finite."""
+        return bool(torch.isfinite(self.activations).all() and torch.isfinite(self.gradients).all())
+
     def at(self, directions: Sequence[int]) -> "BottleneckGram":
         """Return the sums of these directions alone, in this order."""
-        index = torch.tensor(list(directions), dtype=torch.long)
+        index = torch.tensor(list(directions), dtype=torch.long, device=self.activations.device)
         activations, gradients = (each[index][:, index] for each in (self.activations, self.gradients))
         return BottleneckGram(activations, gradients, self.tokens, self.examples)
 
@@ -97,30 +107,43 @@ def flow_spectrum(gram: BottleneckGram, *, jitter: float = 1e-6) -> FlowSpectrum
         jitter: ε = jitter · tr(M_A)/r is added to M_A, so that a direction that saw no input can be factorised.
 
     Returns:
-        The spectrum. If B has not moved, all gains are 0: never allocate on it.
+        The spectrum, on the CPU. If B has not moved, all gains are 0: never allocate on it.
 
     Raises:
         ValueError: if a Gram holds NaN or infinity.
     """
-    # δ = ∂ℓ/∂z carries one factor s, so s² · M_B of the formulae is the Gram of δ itself.
-    m_a = gram.activations / max(gram.tokens, 1e-300)
-    s2_m_b = gram.gradients / max(gram.examples, 1e-300)
-    if not (torch.isfinite(m_a).all() and torch.isfinite(s2_m_b).all()):
-        raise ValueError("bottleneck Grams must be finite, got NaN or infinity. Lower the learning rate.")
-    rank = len(m_a)
-    if rank == 0:
-        return FlowSpectrum(m_a.new_zeros(0), m_a, m_a)
-    if not m_a.any():  # no input was seen: nothing to separate, nothing to gain
-        return FlowSpectrum(m_a.new_zeros(rank), torch.eye(rank).to(m_a), torch.eye(rank).to(m_a))
-    epsilon = jitter * m_a.diagonal().mean() + torch.finfo(m_a.dtype).tiny
-    lower = torch.linalg.cholesky(m_a + epsilon * torch.eye(rank, dtype=m_a.dtype))
-    eigenvalues, vectors = torch.linalg.eigh(lower.T @ s2_m_b @ lower)
-    eigenvalues, vectors = eigenvalues.flip(0).clamp(min=0), vectors.flip(1)
-    return FlowSpectrum(
-        gains=eigenvalues / 2,
-        to_A=torch.linalg.solve_triangular(lower, vectors.T, upper=False, left=False),
-        to_B=lower @ vectors,
-    )
+    return flow_spectra([gram], jitter=jitter)[0]
+
+
+def flow_spectra(grams: Sequence[BottleneckGram], *, jitter: float = 1e-6) -> list[FlowSpectrum]:
+    """Return the :func:`flow_spectrum` of each of many modules; those of equal rank are computed at once."""
+    alike: dict[int, list[int]] = {}
+    for index, gram in enumerate(grams):
+        alike.setdefault(len(gram.activations), []).append(index)
+    found: dict[int, FlowSpectrum] = {}
+    for indices in alike.values():
+        # δ = ∂ℓ/∂z carries one factor s, so s² · M_B of the formulae is the Gram of δ itself.
+        m_a = torch.stack([grams[index].activations / max(grams[index].tokens, 1e-300) for index in indices]).cpu()
+        s2_m_b = torch.stack([grams[index].gradients / max(grams[index].examples, 1e-300) for index in indices]).cpu()
+        if not (torch.isfinite(m_a).all() and torch.isfinite(s2_m_b).all()):
+            raise ValueError("bottleneck Grams must be finite, got NaN or infinity. Lower the learning rate.")
+        found |= zip(indices, _spectra(m_a, s2_m_b, jitter), strict=True)
+    return [found[index] for index in range(len(grams))]
+
+
+def _spectra(m_a: Tensor, s2_m_b: Tensor, jitter: float) -> list[FlowSpectrum]:
+    """Diagonalise ``(k, r, r)`` pairs together."""
+    rank = m_a.shape[-1]
+    identity = torch.eye(rank, dtype=m_a.dtype)
+    unseen = ~m_a.flatten(1).any(1)[:, None, None]  # no input: nothing to separate, nothing to gain
+    m_a, s2_m_b = torch.where(unseen, identity, m_a), torch.where(unseen, 0.0, s2_m_b)
+    epsilon = jitter * m_a.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(m_a.dtype).tiny
+    lower = torch.linalg.cholesky(m_a + epsilon[:, None, None] * identity)
+    eigenvalues, vectors = torch.linalg.eigh(lower.mT @ s2_m_b @ lower)
+    eigenvalues, vectors = eigenvalues.flip(1).clamp(min=0), vectors.flip(2)
+    to_A = torch.linalg.solve_triangular(lower, vectors.mT, upper=False, left=False)
+    to_A, to_B = (torch.where(unseen, identity, each) for each in (to_A, lower @ vectors))
+    return [FlowSpectrum(*each) for each in zip(eigenvalues / 2, to_A, to_B, strict=True)]
 
 
 def truncate(lora_A: Tensor, lora_B: Tensor, spectrum: FlowSpectrum, rank: int) -> tuple[Tensor, Tensor]:

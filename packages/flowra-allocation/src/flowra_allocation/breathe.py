@@ -33,7 +33,8 @@ class Breathe(Policy):
     schedule: RefinementSchedule
     """When; the last event only shrinks."""
     share: float = 0.1
-    """Part of the budget that changes hands at an event, in (0, 1)."""
+    """Part of the budget that changes hands at an event, in (0, 1); less where the modules that may grow, by one
+    direction each, cannot take so much: what nobody could take up is not taken away."""
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -59,14 +60,14 @@ class Breathe(Policy):
 
     def decide(self, snapshot: Snapshot) -> Moves:
         """Free a share of the budget, and give it to the modules with the best predictions."""
-        directions = {name: measure_directions(view, "flow") for name, view in snapshot.layers.items()}
+        directions = measure_directions(snapshot.layers, "flow")
         costs = {name: view.cost for name, view in snapshot.layers.items()}
         last = snapshot.step == self.schedule.freeze
-        free = 0.0 if last else self.share
-        shedding = shed(
-            {name: each.gains for name, each in directions.items()}, costs, budget=snapshot.budget * (1 - free)
-        )
         rows = {name: view.growth for name, view in snapshot.layers.items() if view.growth is not None}
+        growing = [name for name, (energy, _) in rows.items() if energy > 0]
+        room = sum(costs[name] for name in growing if snapshot.layers[name].rank < snapshot.layers[name].cap)
+        free = 0.0 if last else min(self.share * snapshot.budget, room)
+        shedding = shed({name: each.gains for name, each in directions.items()}, costs, budget=snapshot.budget - free)
         admitted = (
             ()
             if last

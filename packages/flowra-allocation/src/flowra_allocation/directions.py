@@ -9,17 +9,17 @@ Two measures, each for every form of update:
   vectors of B A. It is what ``flow`` would be if all inputs and output gradients were alike.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from flowra_allocation.bottleneck_gram import BottleneckGram, balance, flow_spectrum, truncate
+from flowra_allocation.bottleneck_gram import BottleneckGram, FlowSpectrum, balance, flow_spectra, truncate
 from flowra_allocation.policy import Keep, LayerView, Rebasing
 
-__all__ = ["Directions", "by_flow", "by_magnitude", "measure_directions"]
+__all__ = ["Directions", "by_magnitude", "measure_directions"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,41 +32,59 @@ class Directions:
     """Maps a rank to what keeps that many of the best."""
 
 
-def measure_directions(view: LayerView, measure: Literal["flow", "magnitude"]) -> Directions:
-    """Rank the directions of an update by one of the two measures.
+def measure_directions(views: Mapping[str, LayerView], measure: Literal["flow", "magnitude"]) -> dict[str, Directions]:
+    """Rank the directions of each update by one of the two measures.
+
+    Args:
+        views: module name to update, which has a Gram if the loss reached it.
+        measure: ``"flow"``: what the K-FAC model of the loss loses, in units of the loss; or ``"magnitude"``.
 
     Returns:
-        The directions; none, and no gains, at rank 0.
-    """
-    if view.rank == 0:
-        return Directions((), lambda _: ())
-    return by_flow(view, view.gram or BottleneckGram.empty(view.rank)) if measure == "flow" else by_magnitude(view)
-
-
-def by_flow(view: LayerView, gram: BottleneckGram) -> Directions:
-    """Rank by what the K-FAC model of the loss loses.
-
-    Returns:
-        The directions, gains in units of the loss.
+        Module name to directions; none, and no gains, at rank 0.
 
     Raises:
-        ValueError: if the Gram holds NaN or infinity.
+        ValueError: if a Gram, or with ``magnitude`` a factor, holds NaN or infinity.
     """
-    if view.lora_E is not None:
-        z2, delta2 = gram.activations.diagonal(), gram.gradients.diagonal()
-        return _one_by_one(z2 * delta2 / (2 * max(gram.tokens, 1e-300) * max(gram.examples, 1e-300)))
-    spectrum = flow_spectrum(gram)
+    if measure == "magnitude":
+        return {name: by_magnitude(view) for name, view in views.items()}
+    grams = {name: view.gram or BottleneckGram.empty(view.rank) for name, view in views.items()}
+    pairs = [name for name, view in views.items() if view.lora_E is None]
+    spectra = dict(zip(pairs, flow_spectra([grams[name] for name in pairs]), strict=True))
+    return {
+        name: _separated(view, spectra[name]) if name in spectra else _as_they_are(grams[name])
+        for name, view in views.items()
+    }
+
+
+def _separated(view: LayerView, spectrum: FlowSpectrum) -> Directions:
+    """Rank the directions of a pair by what each is worth once they separate."""
     return Directions(
         tuple(spectrum.gains.tolist()),
         lambda rank: Rebasing(**_named(truncate(view.lora_A, view.lora_B, spectrum, rank))),
     )
 
 
+def _as_they_are(gram: BottleneckGram) -> Directions:
+    """Rank triplets by what each is worth alone."""
+    z2, delta2 = gram.activations.diagonal(), gram.gradients.diagonal()
+    return _one_by_one(z2 * delta2 / (2 * max(gram.tokens, 1e-300) * max(gram.examples, 1e-300)))
+
+
 def by_magnitude(view: LayerView) -> Directions:
-    """Rank by the squared norm of the part of ΔW, halved."""
+    """Rank by the squared norm of the part of ΔW, halved.
+
+    Returns:
+        The directions.
+
+    Raises:
+        ValueError: if the factors hold NaN or infinity.
+    """
     if view.lora_E is not None:
         return _one_by_one(view.magnitudes.square() / 2)
-    lora_A, lora_B = balance(*(each.to("cpu", torch.float64) for each in (view.lora_A, view.lora_B)))
+    factors = [each.to("cpu", torch.float64) for each in (view.lora_A, view.lora_B)]
+    if not all(each.isfinite().all() for each in factors):
+        raise ValueError("factors must be finite, got NaN or infinity. Lower the learning rate.")
+    lora_A, lora_B = balance(*factors)
     sigma = view.scaling * lora_A.norm(dim=1) * lora_B.norm(dim=0)
     return Directions(
         tuple((sigma.square() / 2).tolist()),
@@ -76,6 +94,8 @@ def by_magnitude(view: LayerView) -> Directions:
 
 def _one_by_one(gains: Tensor) -> Directions:
     """Rank directions that stay what they are; of equals the first."""
+    if not gains.isfinite().all():
+        raise ValueError("gains must be finite, got NaN or infinity. Lower the learning rate.")
     order = torch.argsort(gains, descending=True, stable=True).tolist()
     return Directions(tuple(gains[order].tolist()), lambda rank: tuple(sorted(order[:rank])))
 

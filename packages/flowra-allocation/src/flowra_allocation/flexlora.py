@@ -229,8 +229,9 @@ def exchange(
         budget: with ``both``, ``ranks`` lets as many lose as gain, ``params`` as many as pay for the growth.
 
     Returns:
-        The choice with the most gains of those that can be made; with ``prune`` the b lowest lose. Of equal scores the
-        first by name is chosen.
+        The b highest gain, or b - 1, …, the most for which there are losers and room; nobody where not even the highest
+        can be paid for, since no dearer update is passed over for a cheaper one. With ``prune`` the b lowest lose. Of
+        equal scores the first by name is chosen.
     """
     highest = sorted((name for name in scores if ranks[name] < limits[name]), key=lambda each: (-scores[each], each))
     lowest = sorted((name for name in scores if ranks[name] > 1), key=lambda each: (scores[each], each))

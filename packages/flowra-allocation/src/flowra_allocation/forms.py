@@ -12,8 +12,9 @@ slots      ΔW = s · B diag(E ⊙ μ) A        the mask μ over a fixed number 
 :mod:`flowra_allocation.peft_layers` shows a LoRA layer of PEFT as a pair.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, TypeGuard
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,12 @@ from flowra_allocation.sharding import whole
 __all__ = [
     "RANK_AXIS",
     "AnyLayer",
+    "Recorded",
     "RefinableLayer",
     "SlottedLayer",
     "TripletLayer",
+    "changed_together",
+    "directions_of",
     "factors",
     "has_slots",
     "has_triplets",
@@ -95,6 +99,14 @@ class SlottedLayer(TripletLayer, Protocol):
         """Mask all directions but these."""
 
 
+@runtime_checkable
+class Recorded(Protocol):
+    """An update whose rank is also written down elsewhere, together with those of others."""
+
+    def recorded_once(self) -> AbstractContextManager[None]:
+        """Put off writing to the end of a ``with`` block, or of the outermost of several."""
+
+
 AnyLayer = RefinableLayer | TripletLayer
 
 
@@ -108,6 +120,16 @@ def has_slots(layer: AnyLayer) -> TypeGuard[SlottedLayer]:
     return hasattr(layer, "mask")
 
 
+@contextmanager
+def changed_together(layers: Iterable[AnyLayer]) -> Iterator[None]:
+    """Change many layers: what is written down of all of them is written once, at the end, also after an error."""
+    with ExitStack() as stack:
+        for layer in layers:
+            if isinstance(layer, Recorded):
+                stack.enter_context(layer.recorded_once())
+        yield
+
+
 def live_slots(layer: AnyLayer) -> list[int]:
     """Return the indices along the rank axes that hold a direction, in the order of directions."""
     return layer.slots() if has_slots(layer) else list(range(layer.rank))
@@ -119,6 +141,17 @@ def factors(layer: AnyLayer) -> dict[str, nn.Parameter]:
 
 
 def live_factors(layer: AnyLayer) -> dict[str, Tensor]:
-    """Return the values of the directions that are there, whole, detached, in their order."""
+    """Return the values of the directions that are there, whole, detached, in their order; not to be written to."""
+    values = {name: whole(each.detach()) for name, each in factors(layer).items()}
+    return directions_of(layer, values)
+
+
+def directions_of(layer: AnyLayer, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what belongs to the directions that are there, in their order, of values shaped as the factors.
+
+    Where there are no slots these are the values themselves.
+    """
+    if not has_slots(layer):
+        return dict(values)
     index = torch.tensor(live_slots(layer), dtype=torch.long, device=layer.lora_A.device)
-    return {name: whole(each.detach()).index_select(RANK_AXIS[name], index) for name, each in factors(layer).items()}
+    return {name: each.index_select(RANK_AXIS[name], index) for name, each in values.items()}

@@ -7,12 +7,12 @@ G is never formed: two streamed sketches Y = N Ω and Z = Ψ N recover N ≈ Q (
 SIAM J. Matrix Anal. Appl. 38, algorithm 7). Memory q (m + 2n).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["PROBES", "SIZE", "SUMS", "GradientSketch"]
+__all__ = ["PROBES", "SIZE", "SUMS", "GradientSketch", "leading_directions"]
 
 SIZE = 10
 """Probes, unless told."""
@@ -47,10 +47,15 @@ class GradientSketch:
         self._z = torch.zeros(len(psi), n, device=device)
 
     def update(self, x: Tensor, gradient: Tensor) -> None:
-        """Add a batch: inputs ``(tokens, n)`` and output gradients ``(tokens, m)``; G = Σ gradient xᵀ."""
+        """Add a batch: inputs ``(tokens, n)`` and output gradients ``(tokens, m)``; G = Σ gradient xᵀ.
+
+        A batch that is not finite is left out, as a GradScaler leaves out its step.
+        """
         x, gradient = x.float(), gradient.float()
-        self._y += gradient.T @ (x @ self._omega)
-        self._z += (self._psi @ gradient.T) @ x
+        y, z = gradient.T @ (x @ self._omega), (self._psi @ gradient.T) @ x
+        finite = y.isfinite().all() & z.isfinite().all()  # asked where it lies: no device is waited for
+        self._y += torch.where(finite, y, 0.0)
+        self._z += torch.where(finite, z, 0.0)
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors named in :data:`PROBES` and :data:`SUMS`."""
@@ -63,13 +68,40 @@ class GradientSketch:
 
     def leading_direction(self) -> tuple[float, Tensor]:
         """Return σ₁(N)² and the leading right singular vector ``(n,)``, of norm 1, orthogonal to the rows of A."""
-        if not self._omega.numel() or not self._y.any():  # nothing is left to follow, or nothing was seen
-            return 0.0, torch.zeros_like(self._z[0] if len(self._z) else self._basis_A[:, 0])
+        return leading_directions([self])[0]
+
+    def reduced(self) -> tuple[Tensor, Tensor]:
+        """Return ΨQ ``(2q + 1, q)`` and Z ``(2q + 1, n)``, in float64: N ≈ Q (ΨQ)⁺ Z."""
         y = (self._y - self._basis_B @ (self._basis_B.T @ self._y)).double()
         z = (self._z - (self._z @ self._basis_A) @ self._basis_A.T).double()
         q, _ = torch.linalg.qr(y)
-        _, sigma, vt = torch.linalg.svd(torch.linalg.pinv(self._psi.double() @ q) @ z, full_matrices=False)
-        return float(sigma[0] ** 2), vt[0].float()
+        return self._psi.double() @ q, z
+
+
+def leading_directions(sketches: Sequence[GradientSketch]) -> list[tuple[float, Tensor]]:
+    """Return the :meth:`GradientSketch.leading_direction` of each; what is small and of equal shape is solved at once.
+
+    With u the leading eigenvector of X Xᵀ ``(q, q)``, X = (ΨQ)⁺ Z, the row Xᵀ u has the squared norm σ₁(N)².
+    """
+    reduced = [sketch.reduced() for sketch in sketches]
+    alike: dict[tuple[torch.Size, torch.device], list[int]] = {}
+    for index, (narrow, _) in enumerate(reduced):
+        alike.setdefault((narrow.shape, narrow.device), []).append(index)
+    found: dict[int, tuple[float, Tensor]] = {}
+    for (shape, _), indices in alike.items():
+        zs = [reduced[index][1] for index in indices]
+        if shape.numel():
+            inverse = torch.linalg.pinv(torch.stack([reduced[index][0] for index in indices]))
+            vectors = torch.linalg.eigh(inverse @ torch.stack([z @ z.T for z in zs]) @ inverse.mT).eigenvectors
+            weights = (vectors[:, :, -1:].mT @ inverse).squeeze(1)
+            rows = [weight @ z for weight, z in zip(weights, zs, strict=True)]
+        else:  # the bases leave nothing to follow
+            rows = [z.new_zeros(z.shape[1]) for z in zs]
+        lengths = torch.stack([row.norm() for row in rows])
+        divisors = lengths.clamp_min(torch.finfo(lengths.dtype).tiny)  # where nothing was seen, the row is 0
+        units = [(row / divisor).float() for row, divisor in zip(rows, divisors, strict=True)]
+        found |= zip(indices, zip(lengths.square().tolist(), units, strict=True), strict=True)
+    return [found[index] for index in range(len(sketches))]
 
 
 def _basis(columns: Tensor) -> Tensor:

@@ -46,8 +46,8 @@ def hand_over(optimizer: Optimizer, old: nn.Module, new: nn.Module) -> None:
             if replacement is None or list(replacement.shape) != shape:
                 found = "none" if replacement is None else list(replacement.shape)
                 raise ValueError(f"new must have the parameters of old, got {found} for {name!r} of shape {shape}")
-        check_optimizer(optimizer, parameter)
         pairs.append((parameter, replacement, change))
+    check_optimizer(optimizer, [parameter for parameter, _, _ in pairs])
     for parameter, replacement, change in pairs:
         if replacement is None:
             release(optimizer, parameter)

@@ -28,7 +28,7 @@ from flowra_allocation.quantised_moments import (
 )
 from flowra_allocation.sharding import sharded_like, whole
 
-__all__ = ["adopt", "carry_over", "check_optimizer", "holds", "release"]
+__all__ = ["adopt", "carry_over", "check_optimizer", "held_by", "release"]
 
 KNOWN = ("Adam", "AdamW", "NAdam", "RAdam", "SGD", "Muon", "Adafactor", "LoraFAOptimizer")
 MOMENTS: Mapping[str, Callable[[Change, Tensor], Tensor]] = MappingProxyType({
@@ -43,13 +43,13 @@ MOMENTS: Mapping[str, Callable[[Change, Tensor], Tensor]] = MappingProxyType({
 MEANS = frozenset(key for pair in KEYS for key in pair)
 
 
-def holds(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
-    """Tell whether a parameter is in one of the optimiser's groups."""
-    return _place(optimizer, parameter) is not None
+def held_by(optimizer: Optimizer) -> frozenset[int]:
+    """Return the :func:`id` of every parameter in the optimiser's groups."""
+    return frozenset(id(each) for group in _innermost(optimizer).param_groups for each in group["params"])
 
 
-def check_optimizer(optimizer: Optimizer, parameter: nn.Parameter) -> None:
-    """Refuse, before anything is changed, an optimiser that lacks the parameter or whose state is not understood.
+def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Refuse, before anything is changed, an optimiser that lacks a parameter or whose state is not understood.
 
     A frozen parameter (A of LoRA-FA) need not be held.
 
@@ -57,19 +57,14 @@ def check_optimizer(optimizer: Optimizer, parameter: nn.Parameter) -> None:
         ValueError: if it does, or is not.
     """
     optimizer = _innermost(optimizer)
-    place = _place(optimizer, parameter)
-    if place is None:
-        if parameter.requires_grad:
-            raise ValueError(
-                "optimizer must hold the layer's factors, got one that does not. Build it after attaching."
-            )
-        return
+    places = _places(optimizer)
+    held = [parameter for parameter in parameters if id(parameter) in places or parameter.requires_grad]
+    if not all(id(parameter) in places for parameter in held):
+        raise ValueError("optimizer must hold the layer's factors, got one that does not. Build it after attaching.")
     name = type(optimizer).__name__
-    elsewhere = [
-        key
-        for key, value in vars(optimizer).items()
-        if key not in ("param_groups", "state") and any(each is parameter for each in _elements(value))
-    ]
+    others = {key: value for key, value in vars(optimizer).items() if key not in {"param_groups", "state"}}
+    also = {id(each): key for key, value in others.items() for each in _elements(value)}
+    elsewhere = sorted({also[id(parameter)] for parameter in held if id(parameter) in also})
     if elsewhere:
         raise ValueError(
             f"optimizer must hold the layer's factors in its groups alone, got {name}, which has them in {elsewhere}"
@@ -78,20 +73,21 @@ def check_optimizer(optimizer: Optimizer, parameter: nn.Parameter) -> None:
     if is_of_bitsandbytes(optimizer):
         check_quantised(optimizer)
         return
-    own = optimizer.state.get(_key(optimizer, parameter, place), {})
     familiar = any(each.__name__ in KNOWN for each in type(optimizer).__mro__)
-    seen = [own] if own or familiar else [each for each in optimizer.state.values() if each]
-    if not seen:
-        raise ValueError(
-            f"optimizer must be one of {list(KNOWN)} before its first step, got {name}. Take a step, so that its state"
-            " can be seen, or use AdamW."
-        )
-    unknown = sorted({key for state in seen for key, value in state.items() if not _is_known(key, value)})
-    unknown += [key for key in own if key in MOMENTS and _shape(own[key]) not in (None, parameter.shape)]
-    if unknown:
-        raise ValueError(
-            f"optimizer state must be moments as those of {', '.join(KNOWN)}, got {unknown} in {name}. Use AdamW."
-        )
+    for parameter in held:
+        own = optimizer.state.get(_key(optimizer, parameter, places[id(parameter)]), {})
+        seen = [own] if own or familiar else [each for each in optimizer.state.values() if each]
+        if not seen:
+            raise ValueError(
+                f"optimizer must be one of {list(KNOWN)} before its first step, got {name}. Take a step, so that its"
+                " state can be seen, or use AdamW."
+            )
+        unknown = sorted({key for state in seen for key, value in state.items() if not _is_known(key, value)})
+        unknown += [key for key in own if key in MOMENTS and _shape(own[key]) not in (None, parameter.shape)]
+        if unknown:
+            raise ValueError(
+                f"optimizer state must be moments as those of {', '.join(KNOWN)}, got {unknown} in {name}. Use AdamW."
+            )
 
 
 def carry_over(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, change: Change) -> None:
@@ -168,8 +164,17 @@ def _innermost(optimizer: Optimizer) -> Optimizer:
     return _innermost(inner) if isinstance(inner, Optimizer) else optimizer
 
 
+def _places(optimizer: Optimizer) -> dict[int, tuple[int, int]]:
+    """Map the id of each parameter to the index of the group that holds it, and its own in that group."""
+    return {
+        id(held): (number, index)
+        for number, group in enumerate(optimizer.param_groups)
+        for index, held in enumerate(group["params"])
+    }
+
+
 def _place(optimizer: Optimizer, parameter: nn.Parameter) -> tuple[int, int] | None:
-    """Return the index of the group that holds a parameter, and that of the parameter in it."""
+    """Look up one parameter in what :func:`_places` would return."""
     for number, group in enumerate(optimizer.param_groups):
         for index, held in enumerate(group["params"]):
             if held is parameter:

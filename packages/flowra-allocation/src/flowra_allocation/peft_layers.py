@@ -10,7 +10,8 @@ holds more than a pair (the magnitude of DoRA, a bias), one direction of zeros t
 """
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, cast
 
 import torch
@@ -51,17 +52,17 @@ class PeftLayer:
     Args:
         host: PEFT's layer.
         adapter_name: of the adapter.
-        changed: called after every change of rank.
+        configuration: of that adapter, told of every change of rank.
 
     Attributes:
         host: PEFT's layer.
         scaling: s, constant: PEFT's α / r, or α / √r, when this was made.
     """
 
-    def __init__(self, host: nn.Module, adapter_name: str, changed: Callable[[], None]) -> None:
+    def __init__(self, host: nn.Module, adapter_name: str, configuration: "PeftConfiguration") -> None:
         self.host = host
         self._peft = cast(LoraHost, host)
-        self._name, self._changed = adapter_name, changed
+        self._name, self._configuration = adapter_name, configuration
         self.scaling = float(self._peft.scaling[adapter_name])
         self._observer: Callable[[Tensor], None] | None = None
         self._hook: torch.utils.hooks.RemovableHandle | None = None
@@ -127,7 +128,15 @@ class PeftLayer:
             if _is_idle(self.host, self._name):
                 del self._idle[f"A_{self._name}"], self._idle[f"B_{self._name}"]
             self._seat(new_A, new_B)
-        self._changed()
+        self._configuration.write()
+
+    def recorded_once(self) -> AbstractContextManager[None]:
+        """Put off telling PEFT, for all layers of the adapter, to the end of a ``with`` block, or of the outermost one.
+
+        Returns:
+            What to enter. ``model.peft_config`` is behind until it is left.
+        """
+        return self._configuration.written_once()
 
     def _seat(self, lora_A: Tensor, lora_B: Tensor) -> None:
         """Put factors of rank ≥ 1 where PEFT looks for them, as Parameters or as buffers, and correct its books."""
@@ -240,13 +249,13 @@ def peft_layers(
     others = [
         name for name, _ in base.named_modules() if name not in hosts and any(map(hosts.__contains__, endings(name)))
     ]
-    configuration = _Configuration(configurations, adapter_name, hosts, others)
-    layers = {name: PeftLayer(host, adapter_name, configuration.write) for name, host in wanted.items()}
+    configuration = PeftConfiguration(configurations, adapter_name, hosts, others)
+    layers = {name: PeftLayer(host, adapter_name, configuration) for name, host in wanted.items()}
     configuration.write()
     return layers
 
 
-class _Configuration:
+class PeftConfiguration:
     """The configuration of one adapter, and the layers that it speaks of."""
 
     def __init__(
@@ -260,9 +269,24 @@ class _Configuration:
         self._hosts, self._others = hosts, others
         self._scalings = {name: float(cast(LoraHost, host).scaling[adapter_name]) for name, host in hosts.items()}
         self._exact = False  # whether target_modules must name each layer
+        self._waits = self._behind = False
+
+    @contextmanager
+    def written_once(self) -> Iterator[None]:
+        """Write at the end of the outermost such block, if there was anything to write in between."""
+        waited, self._waits = self._waits, True
+        try:
+            yield
+        finally:
+            self._waits = waited
+            if self._behind:
+                self.write()
 
     def write(self) -> None:
-        """Put the present ranks into a copy of the configuration."""
+        """Put the present ranks into a copy of the configuration; at once, unless told to wait."""
+        self._behind = self._waits
+        if self._waits:
+            return
         ranks = {name: _rank_in_peft(host, self._name) for name, host in self._hosts.items()}
         if not any(ranks.values()):
             return

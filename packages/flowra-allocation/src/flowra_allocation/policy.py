@@ -46,7 +46,10 @@ class LayerView:
 
     @property
     def magnitudes(self) -> Tensor:
-        """S |E_k| ‖a_k‖ ‖b_k‖, ``(r,)``, float64: the Frobenius norm of each direction's part of ΔW."""
+        """Frobenius norms of the directions' parts of ΔW, s |E_k| ‖a_k‖ ‖b_k‖, ``(r,)``, float64.
+
+        Of a convolution in groups it is an upper bound: ΔW has the blocks of groups alone.
+        """
         lengths = self.lora_A.double().norm(dim=1) * self.lora_B.double().norm(dim=0)
         lengths = lengths if self.lora_E is None else lengths * self.lora_E.double().abs()
         return torch.mul(lengths, abs(self.scaling))

@@ -1,7 +1,7 @@
 """How rank moved in a run, as values and as a file (docs/formats/rank_history.md)."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 __all__ = ["RankEvent", "RankHistory"]
@@ -55,8 +55,9 @@ class RankHistory:
     """Time spent in events. Not part of any hash."""
 
     def add(self, event: RankEvent) -> None:
-        """Append an event."""
-        self.events.append(event)
+        """Append an event; it shares the ranks of what was before it, if they did not change."""
+        before = self.events[-1].ranks if self.events else self.initial
+        self.events.append(replace(event, ranks=before) if event.ranks == before else event)
         self.peak = max(self.peak, event.parameters)
 
     def as_json(self) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flowra_allocation.bottleneck_gram import BottleneckGram
-from flowra_allocation.forms import RANK_AXIS, AnyLayer, factors, has_slots, live_factors, live_slots
-from flowra_allocation.observe import BottleneckObserver
-from flowra_allocation.optimizer_state import holds
+from flowra_allocation.forms import AnyLayer, changed_together, directions_of, factors, has_slots, live_factors
+from flowra_allocation.growth import leading_directions
+from flowra_allocation.observe import BottleneckObserver, check_growable
+from flowra_allocation.optimizer_state import held_by
 from flowra_allocation.policy import LayerView, Moves, NewTriplets, Policy, Rebasing, Snapshot
 from flowra_allocation.processes import added_up, decided_once, of_each, rank_and_size, several
 from flowra_allocation.rank_history import RankEvent, RankHistory
@@ -86,6 +87,8 @@ class Refiner:
             raise ValueError(f"ranks must fit the budget of {allowed} parameters, got {self._parameters()}")
         self.check_wrapping()
         policy.check(self._snapshot(0))
+        if policy.watches == "grams and gradients":
+            check_growable(model, layers)
         self.history = RankHistory(
             initial=self._ranks(),
             budget=budget,
@@ -140,8 +143,9 @@ class Refiner:
         Raises:
             ValueError: if it lacks a factor that is trained.
         """
+        held = held_by(optimizer)
         for name, layer in self._layers.items():
-            if not all(holds(optimizer, each) for each in factors(layer).values() if each.requires_grad):
+            if not all(id(each) in held for each in factors(layer).values() if each.requires_grad):
                 raise ValueError(
                     f"optimizer must hold the layers' factors, got one that lacks those of {name!r}. Build it after"
                     " attaching, and after restore when training is resumed."
@@ -172,13 +176,11 @@ class Refiner:
             return
         gradients: dict[str, dict[str, Tensor]] = {}
         for name, layer in self._layers.items():
-            live = torch.tensor(live_slots(layer), dtype=torch.long, device=layer.lora_A.device)
-            gradients[name] = {
-                factor: whole(torch.zeros_like(each) if each.grad is None else each.grad).index_select(
-                    RANK_AXIS[factor], live
-                )
+            found = {
+                factor: whole(torch.zeros_like(each) if each.grad is None else each.grad)
                 for factor, each in factors(layer).items()
             }
+            gradients[name] = directions_of(layer, found)
         self._policy.see({name: self._view(name) for name in self._layers}, gradients)
 
     def after_step(self, step: int, optimizer: Optimizer | None) -> RankEvent | None:
@@ -215,12 +217,13 @@ class Refiner:
         snapshot = self._snapshot(step)
         moves = decided_once(lambda: self._policy.decide(snapshot), device=self._device, group=self._group)
         self._stop_watching()
-        event = self._apply(moves, step, optimizer)
+        with changed_together(self._with_averages()):
+            event = self._apply(moves, step, optimizer)
         self._policy.moved(moves)
         self._held += 1
         self.history.add(event)
         self.history.seconds += time.perf_counter() - started
-        return event
+        return self.history.events[-1]
 
     def save(self, folder: str | Path) -> None:
         """Write what is needed to go on from here (docs/formats/refinement_state.md); call between two steps.
@@ -259,9 +262,10 @@ class Refiner:
         check_same_run(found, self._state(), processes)
         self._policy.restore(found.policy)
         self._stop_watching()
-        for name, rank in found.ranks.items():
-            for layer in (self._layers[name], *(each[name] for each in self._averages)):
-                take_rank(layer, rank, found.slots.get(name))
+        with changed_together(self._with_averages()):
+            for name, rank in found.ranks.items():
+                for layer in (self._layers[name], *(each[name] for each in self._averages)):
+                    take_rank(layer, rank, found.slots.get(name))
         self._step, self.history, self._held = found.step, found.history, len(found.history.events)
         self._gathered = found.watched[process] if found.watched else None
         self._unseen = True
@@ -326,12 +330,8 @@ class Refiner:
     def _snapshot(self, step: int) -> Snapshot:
         grams = self._observer.total() if self._observer else {}
         sketches = self._observer.sketches if self._observer else {}
-        views = {
-            name: self._view(
-                name, gram=grams.get(name), growth=sketches[name].leading_direction() if sketches else None
-            )
-            for name in self._layers
-        }
+        growth = dict(zip(sketches, leading_directions(list(sketches.values())), strict=True))
+        views = {name: self._view(name, gram=grams.get(name), growth=growth.get(name)) for name in self._layers}
         return Snapshot(step=step, layers=views, budget=self._budget, seed=self._seed)
 
     def _view(
@@ -377,6 +377,9 @@ class Refiner:
             importance=moves.importance,
             kkt_gap=moves.kkt_gap,
         )
+
+    def _with_averages(self) -> list[AnyLayer]:
+        return [layer for layers in (self._layers, *self._averages) for layer in layers.values()]
 
     def _ranks(self) -> dict[str, int]:
         return {name: layer.rank for name, layer in self._layers.items()}

@@ -78,9 +78,22 @@ class Shrink(Policy):
         progress = (step - self.schedule.start) / (self.schedule.freeze - self.schedule.start)
         return int(budget + (self.kappa - 1) * budget * (1 - min(max(progress, 0.0), 1.0)) ** 3)
 
+    def check(self, snapshot: Snapshot) -> None:
+        """Refuse, before training, updates that fit the budget already: nothing would ever be dropped.
+
+        Raises:
+            ValueError: if there are no updates, or they fit.
+        """
+        Policy.check(self, snapshot)
+        if snapshot.parameters <= snapshot.budget:
+            raise ValueError(
+                f"ranks must start above the budget of {snapshot.budget} parameters to shrink, got"
+                f" {snapshot.parameters}. Raise them, or lower the budget."
+            )
+
     def decide(self, snapshot: Snapshot) -> Moves:
         """Drop what does not fit P(t)."""
-        directions = {name: measure_directions(view, self.measure) for name, view in snapshot.layers.items()}
+        directions = measure_directions(snapshot.layers, self.measure)
         costs = {name: view.cost for name, view in snapshot.layers.items()}
         allowed = self.allowed(snapshot.step, snapshot.budget)
         shedding = shed({name: each.gains for name, each in directions.items()}, costs, budget=allowed)

@@ -188,8 +188,7 @@ def _change(
     old, others = factors(layer), _others(layer)
     _check_averages(layer, averages)
     if optimizer is not None:
-        for parameter in old.values():
-            check_optimizer(optimizer, parameter)
+        check_optimizer(optimizer, old.values())
     gradients = {name: each.grad for name, each in old.items() if each.grad is not None}
     install()
     new = factors(layer)

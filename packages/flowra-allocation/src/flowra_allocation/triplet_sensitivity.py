@@ -62,14 +62,13 @@ class TripletSensitivity:
         values = [_wide(getattr(layers[name], factor)) for name, factor in elements]
         impact = torch._foreach_mul(values, [_wide(gradients[name][factor]) for name, factor in elements])
         torch._foreach_abs_(impact)
-        if not _finite(impact):
-            return
         smoothed = [_held(self._smoothed, key, each) for key, each in zip(elements, impact, strict=True)]
         uncertain = [_held(self._uncertain, key, each) for key, each in zip(elements, impact, strict=True)]
-        torch._foreach_lerp_(smoothed, impact, 1 - self._beta1)
-        torch._foreach_sub_(impact, smoothed)
-        torch._foreach_abs_(impact)
-        torch._foreach_lerp_(uncertain, impact, 1 - self._beta2)
+        if _finite(impact):
+            torch._foreach_lerp_(smoothed, impact, 1 - self._beta1)
+            torch._foreach_sub_(impact, smoothed)
+            torch._foreach_abs_(impact)
+            torch._foreach_lerp_(uncertain, impact, 1 - self._beta2)
         self._smoothed = dict(zip(elements, smoothed, strict=True))
         self._uncertain = dict(zip(elements, uncertain, strict=True))
 
@@ -115,7 +114,7 @@ class TripletSensitivity:
         """Take up what :meth:`state` returned, on whatever device it is now.
 
         Raises:
-            ValueError: if it is not such a state.
+            ValueError: if it is not such a state; nothing is changed then.
         """
         found: dict[str, dict[Element, Tensor]] = {kind: {} for kind in KINDS}
         for key, value in state.items():
@@ -123,10 +122,11 @@ class TripletSensitivity:
             if kind not in found or factor not in RANK_AXIS:
                 raise ValueError(f"state must be of sensitivities and uncertainties, got the key {key!r}")
             found[kind][name, factor] = value.clone()
-        self._smoothed, self._uncertain = (found[kind] for kind in KINDS)
-        if self._smoothed.keys() != self._uncertain.keys():
-            alone = sorted(".".join(each) for each in self._smoothed.keys() ^ self._uncertain.keys())
+        smoothed, uncertain = (found[kind] for kind in KINDS)
+        if smoothed.keys() != uncertain.keys():
+            alone = sorted(".".join(each) for each in smoothed.keys() ^ uncertain.keys())
             raise ValueError(f"state must have an uncertainty for every sensitivity, got one of them for {alone}")
+        self._smoothed, self._uncertain = smoothed, uncertain
 
 
 def _wide(values: Tensor) -> Tensor:

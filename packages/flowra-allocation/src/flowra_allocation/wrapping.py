@@ -63,6 +63,8 @@ def is_compiled(module: nn.Module) -> bool:
 def _wrapping(modules: Iterable[nn.Module], *, compiled: bool, group: "dist.ProcessGroup | None") -> str | None:
     if several(group):
         return f"in {dist.get_world_size(group)} processes"
+    if not (dist.is_available() and dist.is_initialized()):  # then nothing is sharded, nor in the other wrapper
+        return "in a compiled model" if compiled or any(map(is_compiled, modules)) else None
     for module in modules:
         if isinstance(module, nn.parallel.DistributedDataParallel):
             return "under DistributedDataParallel"

@@ -1,0 +1,98 @@
+"""What a configuration says of ranks, by module: caps, floors, frozen modules and steps."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from flowra_adapters.peft_writer import VLLM_RANKS
+from flowra_pipelines.errors import UserError
+from flowra_pipelines.module_names import modules_called
+from flowra_pipelines.run_config import AllocationConfig
+
+__all__ = ["CAP_STEPS", "RankLimits", "caps_of", "check_cap_of_vllm", "rank_limits"]
+
+CAP_STEPS = VLLM_RANKS[1:]
+"""Ranks of vLLM's buffers that a plan is cut to. It has rank 1, too, but a plan of rank 7 is not cut so far."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankLimits:
+    """What ``flowra_allocation.allocate`` is told of ranks."""
+
+    caps: int | Mapping[str, int] | None
+    floors: int | Mapping[str, int] | None
+    frozen: Mapping[str, int]
+    rank_steps: Sequence[int] | None
+    cap_steps: Sequence[int] | None
+
+
+def rank_limits(chosen: AllocationConfig, largest: Mapping[str, int]) -> RankLimits:
+    """Resolve patterns to modules.
+
+    Args:
+        chosen: limits by pattern.
+        largest: module name to the largest rank that its weight allows, min(m, n).
+
+    Returns:
+        Limits by module; one for all stays a number where no pattern says otherwise.
+
+    Raises:
+        UserError: if a pattern means no module, two of one key say different ranks of a module, a frozen rank exceeds
+            what the weight allows, or a cap for all is not one of vLLM's ranks where the steps are vLLM's.
+    """
+    frozen = _by_name(chosen.frozen, largest, "frozen")
+    for name, rank in frozen.items():
+        if rank > largest[name]:
+            raise UserError(f"allocation.frozen must be at most the layer's {largest[name]}, got {rank} for {name!r}")
+    vllm = chosen.rank_steps == "vllm"
+    if vllm and chosen.cap is not None:
+        check_cap_of_vllm(chosen.cap, what="allocation.cap", instead="leave allocation.rank_steps out")
+    return RankLimits(
+        caps=caps_of(chosen, largest),
+        floors=_of_all(chosen.floor, _by_name(chosen.floors, largest, "floors"), largest),
+        frozen=frozen,
+        rank_steps=None if isinstance(chosen.rank_steps, str) else chosen.rank_steps,
+        cap_steps=CAP_STEPS if vllm else None,
+    )
+
+
+def caps_of(chosen: AllocationConfig, names: Iterable[str]) -> int | dict[str, int] | None:
+    """Return the largest rank of all modules, or by name where a pattern says one; None without any."""
+    known = list(names)
+    return _of_all(chosen.cap, _by_name(chosen.caps, known, "caps"), known)
+
+
+def check_cap_of_vllm(cap: int, *, what: str, instead: str) -> None:
+    """Refuse a cap that is between two sizes of vLLM's buffers: it would pay for more than it allows.
+
+    Args:
+        cap: largest rank of all modules.
+        what: it is called.
+        instead: what else can be done.
+
+    Raises:
+        UserError: if there are no buffers of that rank.
+    """
+    if cap not in VLLM_RANKS:
+        above = next((step for step in VLLM_RANKS if step > cap), VLLM_RANKS[-1])
+        raise UserError(
+            f"{what} must be one of vLLM's ranks {', '.join(map(str, VLLM_RANKS))}, got {cap}: a server keeps buffers"
+            f" of rank {above} for it. Take one of these, or {instead}."
+        )
+
+
+def _of_all(everywhere: int | None, by_name: Mapping[str, int], names: Iterable[str]) -> int | dict[str, int] | None:
+    if not by_name:
+        return everywhere
+    return {**({} if everywhere is None else dict.fromkeys(names, everywhere)), **by_name}
+
+
+def _by_name(given: Mapping[str, int] | None, names: Iterable[str], key: str) -> dict[str, int]:
+    """Resolve patterns. Their order does not matter, so two must not say different ranks of one module."""
+    known, found = list(names), dict[str, int]()
+    for patterns, rank in (given or {}).items():
+        for name in modules_called(known, patterns.split(","), f"allocation.{key}"):
+            if found.setdefault(name, rank) != rank:
+                raise UserError(
+                    f"allocation.{key} must say one rank for each module, got {found[name]} and {rank} for {name!r}"
+                )
+    return found
