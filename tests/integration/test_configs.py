@@ -31,10 +31,10 @@ def keys_by_section(path: Path) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {"": set()}
     section = ""
     for line in path.read_text(encoding="utf-8").splitlines():
-        if match := re.match(r"([a-z_]+):", line):
+        if match := re.match(r"([a-z_0-9]+):", line):
             section = match[1]
             found[""].add(section)
-        elif match := re.match(r"  (?:# )?([a-z_]+):", line):
+        elif match := re.match(r"  (?:# )?([a-z_0-9]+):", line):
             found.setdefault(section, set()).add(match[1])
     return found
 
