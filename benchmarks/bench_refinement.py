@@ -185,6 +185,7 @@ def runs(steps: int) -> list[Row]:
             began = time.perf_counter()
             trainings[name].step()
             seconds[name] += time.perf_counter() - began
+    print("  " + ", ".join(f"{name} {each:.0f} s" for name, each in seconds.items()), flush=True)
     rows = []
     peer = seconds["adalora of PEFT"]
     for name in OURS:
@@ -290,7 +291,7 @@ def main() -> None:
     """Measure and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
