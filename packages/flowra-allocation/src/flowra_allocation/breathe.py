@@ -9,7 +9,7 @@ tried, never who stays. Parameters never exceed the budget, neither finally nor 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from flowra_allocation.directions import measure_directions
+from flowra_allocation.directions import best_of, densities, measure_directions
 from flowra_allocation.policy import Moves, Policy, Snapshot
 from flowra_allocation.schedule import RefinementSchedule
 from flowra_allocation.shedding import shed
@@ -80,13 +80,9 @@ class Breathe(Policy):
             )
         )
         return Moves(
-            keep={
-                name: directions[name].best(rank)
-                for name, rank in shedding.keep.items()
-                if rank < snapshot.layers[name].rank
-            },
+            keep=best_of(directions, shedding.keep, snapshot.layers),
             admit={name: FRESH_ROW * rows[name][1][None] for name in admitted},
-            importance={name: sum(each.gains) / costs[name] for name, each in directions.items()},
+            importance=densities(directions, snapshot.layers),
             kkt_gap=shedding.kkt_gap,
         )
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from flowra_allocation.bottleneck_gram import BottleneckGram, FlowSpectrum, balance, flow_spectra, truncate
 from flowra_allocation.policy import Keep, LayerView, Rebasing
 
-__all__ = ["Directions", "by_magnitude", "measure_directions"]
+__all__ = ["Directions", "best_of", "by_magnitude", "densities", "measure_directions"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,6 +54,18 @@ def measure_directions(views: Mapping[str, LayerView], measure: Literal["flow", 
         name: _separated(view, spectra[name]) if name in spectra else _as_they_are(grams[name])
         for name, view in views.items()
     }
+
+
+def best_of(
+    directions: Mapping[str, Directions], ranks: Mapping[str, int], views: Mapping[str, LayerView]
+) -> dict[str, Keep]:
+    """Say what stays of the modules that fall to a lower rank: the best of their directions."""
+    return {name: directions[name].best(rank) for name, rank in ranks.items() if rank < views[name].rank}
+
+
+def densities(directions: Mapping[str, Directions], views: Mapping[str, LayerView]) -> dict[str, float]:
+    """Return the gains of each module, summed, per parameter of a direction."""
+    return {name: sum(each.gains) / views[name].cost for name, each in directions.items()}
 
 
 def _separated(view: LayerView, spectrum: FlowSpectrum) -> Directions:

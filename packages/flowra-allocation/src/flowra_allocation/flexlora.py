@@ -16,7 +16,7 @@ the text, and closes what both leave open; :mod:`flowra_allocation.flexlora_comp
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 import torch
@@ -69,12 +69,7 @@ class FlexLoRA(Policy):
     def settings(self) -> dict[str, float | str | bool | None]:
         """All of them; ``reconstructed`` tells whether one of them was published in words only."""
         return {
-            "total_steps": self.schedule.total_steps,
-            "warmup": self.schedule.warmup,
-            "final": self.schedule.final,
-            "interval": self.schedule.interval,
-            "b0": self.schedule.b0,
-            "decay": self.schedule.decay,
+            **asdict(self.schedule),
             "metric": self.metric,
             "moves": self.moves,
             "initialisation": self.initialisation,
@@ -89,7 +84,7 @@ class FlexLoRA(Policy):
         return self.schedule.steps
 
     @property
-    def follows(self) -> bool:  # type: ignore[override]  # here it depends on a setting
+    def follows(self) -> bool:
         """Whether every step is seen: for sensitivity only."""
         return self.metric == "sensitivity"
 

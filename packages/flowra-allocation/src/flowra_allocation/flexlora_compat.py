@@ -21,7 +21,7 @@ is done with ``optimizer_reset=True``. The rest is not, unless a training loop a
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -48,15 +48,7 @@ class FlexLoRACompat(Policy):
     @property
     def settings(self) -> dict[str, float | str | bool | None]:
         """All of them."""
-        return {
-            "total_steps": self.schedule.total_steps,
-            "warmup": self.schedule.warmup,
-            "final": self.schedule.final,
-            "interval": self.schedule.interval,
-            "b0": self.schedule.b0,
-            "decay": self.schedule.decay,
-            "optimizer_reset": self.optimizer_reset,
-        }
+        return {**asdict(self.schedule), "optimizer_reset": self.optimizer_reset}
 
     @property
     def steps(self) -> tuple[int, ...]:

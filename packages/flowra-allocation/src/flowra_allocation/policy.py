@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flowra_allocation.bottleneck_gram import BottleneckGram
 
-__all__ = ["Keep", "LayerView", "Moves", "NewTriplets", "Policy", "Rebasing", "Snapshot"]
+__all__ = ["Keep", "LayerView", "Moves", "NewTriplets", "Policy", "Rebasing", "Snapshot", "event_generator"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -75,7 +75,12 @@ class Snapshot:
 
     def generator(self) -> torch.Generator:
         """Return a generator of this event alone."""
-        return torch.Generator().manual_seed((self.seed * 1_000_003 + self.step) % 2**63)
+        return event_generator(self.seed, self.step)
+
+
+def event_generator(seed: int, step: int) -> torch.Generator:
+    """Return the source of all that is drawn at the event after ``step``: it depends on the run's seed and it alone."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -135,13 +140,16 @@ class Policy(ABC):
 
     name: ClassVar[str]
     """Of the policy, for the history."""
-    follows: ClassVar[bool] = False
-    """Whether :meth:`see` is called after every step until the last event."""
 
     @property
     def watches(self) -> Literal["nothing", "grams", "grams and gradients"]:
         """What is gathered on the steps before an event; the gradients serve growth."""
         return "nothing"
+
+    @property
+    def follows(self) -> bool:
+        """Whether :meth:`see` is called after every step until the last event."""
+        return False
 
     @property
     @abstractmethod

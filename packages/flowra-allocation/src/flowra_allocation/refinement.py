@@ -20,7 +20,7 @@ from flowra_allocation.forms import AnyLayer, changed_together, directions_of, f
 from flowra_allocation.growth import leading_directions
 from flowra_allocation.observe import BottleneckObserver, check_growable
 from flowra_allocation.optimizer_state import held_by
-from flowra_allocation.policy import LayerView, Moves, NewTriplets, Policy, Rebasing, Snapshot
+from flowra_allocation.policy import LayerView, Moves, NewTriplets, Policy, Rebasing, Snapshot, event_generator
 from flowra_allocation.processes import added_up, decided_once, of_each, rank_and_size, several
 from flowra_allocation.rank_history import RankEvent, RankHistory
 from flowra_allocation.refinement_files import read_refinement_state, write_refinement_state
@@ -309,7 +309,7 @@ class Refiner:
 
     def _watch(self, event: int) -> BottleneckObserver:
         sketch = self._policy.watches == "grams and gradients" and event != self._policy.steps[-1]
-        generator = torch.Generator().manual_seed((self._seed * 1_000_003 + event) % 2**63)
+        generator = event_generator(self._seed, event)
         return BottleneckObserver(self._model, self._layers, loss=self._loss, sketch=sketch, generator=generator)
 
     def _stop_watching(self) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from flowra_allocation.directions import measure_directions
+from flowra_allocation.directions import best_of, densities, measure_directions
 from flowra_allocation.policy import Moves, Policy, Snapshot
 from flowra_allocation.schedule import RefinementSchedule
 from flowra_allocation.shedding import shed
@@ -98,12 +98,8 @@ class Shrink(Policy):
         allowed = self.allowed(snapshot.step, snapshot.budget)
         shedding = shed({name: each.gains for name, each in directions.items()}, costs, budget=allowed)
         return Moves(
-            keep={
-                name: directions[name].best(rank)
-                for name, rank in shedding.keep.items()
-                if rank < snapshot.layers[name].rank
-            },
-            importance={name: sum(each.gains) / costs[name] for name, each in directions.items()},
+            keep=best_of(directions, shedding.keep, snapshot.layers),
+            importance=densities(directions, snapshot.layers),
             budget=allowed,
             kkt_gap=shedding.kkt_gap,
         )
