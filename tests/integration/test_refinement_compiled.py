@@ -1,5 +1,6 @@
 """``torch.compile`` with slots: events and watching compile nothing anew, and the run is the eager one."""
 
+import gc
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,9 +10,14 @@ from torch import Tensor, nn
 
 from flowra_adapters import MaskedSVDForm, compact, merge
 from flowra_allocation import RankHistory, hand_over
-from flowra_testing.refining_child import FROZEN, POLICIES, adapted, batches, refiner_of
+from flowra_testing.refining_child import FROZEN, POLICIES, SCHEDULE, adapted, batches, refiner_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch.compile's own
+
+
+@pytest.fixture(autouse=True)
+def runs_given_up_elsewhere_are_gone() -> None:
+    gc.collect()
 
 
 class Compilations:
@@ -93,3 +99,19 @@ def test_compacted_and_compiled_again_a_run_goes_on_as_it_would_have() -> None:
     for name in ("up", "down", "skip"):
         weights = (each.network.get_submodule(name).weight for each in (run, eager))
         torch.testing.assert_close(*weights, rtol=0, atol=1e-12)
+
+
+def test_runs_given_up_while_they_watched_leave_the_compiler_on() -> None:
+    compilations = Compilations()
+    compiled = torch.compile(nn.Linear(2, 2), backend=compilations)
+    watched = [adapted() for _ in range(2)]
+    for network, layers in watched:
+        refiner_of(network, layers, POLICIES["breathe"]()).before_step(SCHEDULE.steps[0] - 1)
+    del network, layers
+    while watched:
+        compiled(torch.ones(1, 2))
+        assert compilations.count == 0
+        watched.pop()
+        gc.collect()
+    compiled(torch.ones(1, 2))
+    assert compilations.count == 1

@@ -4,7 +4,6 @@ Nothing is recomputed: z and ∂ℓ/∂z pass by in training anyway. Passes with
 gradient checkpointing) are not counted.
 """
 
-import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flowra_allocation.bottleneck_gram import BottleneckGram
+from flowra_allocation.eager import run_eagerly
 from flowra_allocation.forms import AnyLayer, has_slots, live_factors, live_slots
 from flowra_allocation.growth import GradientSketch
 
@@ -151,8 +151,7 @@ class BottleneckObserver:
                 self.sketches[name].restore(tensors)
 
     def __enter__(self) -> "BottleneckObserver":
-        if "torch._dynamo" in sys.modules:  # compiled code would not call the hooks, and need not be made anew
-            self._stack.enter_context(torch.compiler.set_stance("force_eager"))
+        self._stack.callback(run_eagerly(self._model))
         handle = self._model.register_forward_pre_hook(self._begin_batch, with_kwargs=True)
         self._stack.callback(handle.remove)
         for name, layer in self._layers.items():
@@ -160,7 +159,7 @@ class BottleneckObserver:
                 layer.observer = partial(self._see_bottleneck, name)
                 self._stack.callback(setattr, layer, "observer", None)
                 if layer.lora_B.requires_grad:
-                    learns = layer.lora_B.register_post_accumulate_grad_hook(partial(self._see_training, name))
+                    learns = layer.lora_B.register_post_accumulate_grad_hook(partial(_note, name, self._trained))
                     self._stack.callback(learns.remove)
         for name in self.sketches:
             # A layer that knows its host is named as in the base model, not as in the wrapper that is called.
@@ -183,9 +182,6 @@ class BottleneckObserver:
         mask = inputs.get("attention_mask")
         self._padded = Padded(mask) if isinstance(mask, Tensor) and mask.ndim == 2 else None
         self._batch += 1
-
-    def _see_training(self, name: str, parameter: Tensor) -> None:
-        self._trained.add(name)
 
     def _see_bottleneck(self, name: str, z: Tensor) -> None:
         if z.requires_grad and torch.is_grad_enabled():
@@ -245,6 +241,11 @@ def check_growable(model: nn.Module, layers: Mapping[str, AnyLayer]) -> None:
 
 def _host(model: nn.Module, name: str, layer: AnyLayer) -> nn.Module:
     return getattr(layer, "host", None) or model.get_submodule(name)
+
+
+def _note(name: str, names: set[str], parameter: Tensor) -> None:
+    """Hook of a Parameter: it must not lead to the model, which would then never be let go."""
+    names.add(name)
 
 
 def _tokens(values: Tensor, padded: Padded | None) -> Tensor:
