@@ -84,3 +84,9 @@ def test_the_helper_is_the_same_in_every_distribution() -> None:
     copies = [*ROOT.glob("packages/*/src/*/whole_files.py"), *ROOT.glob("pipelines/*/whole_files.py")]
     assert len(copies) == 5
     assert len({path.read_bytes() for path in copies}) == 1
+
+
+def test_reading_and_writing_sharded_tensors_is_the_same_in_both_packages() -> None:
+    copies = [*ROOT.glob("packages/*/src/*/sharding.py")]
+    assert len(copies) == 2
+    assert len({path.read_bytes() for path in copies}) == 1

@@ -16,11 +16,12 @@ from torch.utils.hooks import RemovableHandle
 
 from flowra_adapters.operators import Operator, ParameterOperator
 from flowra_adapters.quantised import QuantisedWeight
+from flowra_adapters.sharding import is_sharded
 
 if TYPE_CHECKING:
     from flowra_adapters.sites import Site
 
-__all__ = ["Adapter", "AdapterDict", "Base"]
+__all__ = ["Adapter", "AdapterDict", "Base", "refuse_sharded"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,19 @@ class Adapter(nn.Module, ABC):
     def num_parameters(self) -> int:
         """Count the adapter's trainable parameters at its current rank."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def refuse_sharded(parameter: Tensor) -> None:
+    """Refuse to put a new Parameter in the place of a sharded one.
+
+    Raises:
+        ValueError: if it is sharded.
+    """
+    if is_sharded(parameter):
+        raise ValueError(
+            "factors must be whole to be replaced, got sharded ones, of which fully_shard would go on to use the old."
+            " Use method 'svd_masked', whose Parameters stay."
+        )
 
 
 class AdapterDict(nn.ModuleDict):

@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowra_adapters.adapter import Adapter, Base
+from flowra_adapters.adapter import Adapter, Base, refuse_sharded
 from flowra_adapters.operators import EmbeddingOperator, Operator, ParameterOperator
-from flowra_adapters.sharding import refuse_sharded
 
 __all__ = ["LoRA"]
 

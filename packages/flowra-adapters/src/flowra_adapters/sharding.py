@@ -1,13 +1,14 @@
-"""Parameters of which each process holds a part, as ``torch.distributed.fsdp.fully_shard`` makes them.
+"""Tensors of which each process holds a part, as ``torch.distributed.fsdp.fully_shard`` makes them.
 
-Every function here is called on all processes that share a parameter, in the same order.
+Every function here is called on all processes that share a tensor, in the same order. This file is the same in
+flowra-adapters and flowra-allocation (docs/decisions, 0013).
 """
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["is_sharded", "refuse_sharded", "whole", "write"]
+__all__ = ["is_sharded", "sharded_like", "whole", "write"]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -30,26 +31,19 @@ def whole(tensor: Tensor) -> Tensor:
     return full
 
 
+def sharded_like(value: Tensor, other: Tensor) -> Tensor:
+    """Return this process's part of a value that all processes have whole; all of it where ``other`` is not sharded."""
+    if not is_sharded(other):
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(other, DTensor)
+    # Nothing is sent: each process takes its part of its own copy.
+    part: Tensor = distribute_tensor(value, other.device_mesh, other.placements, src_data_rank=None)
+    return part
+
+
 @torch.no_grad()
-def write(parameter: Tensor, value: Tensor) -> None:
-    """Give a parameter a value that all processes have whole, in place."""
-    if is_sharded(parameter):
-        from torch.distributed.tensor import DTensor, distribute_tensor
-
-        assert isinstance(parameter, DTensor)
-        # Nothing is sent: each process takes its part of its own copy.
-        value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    parameter.copy_(value)
-
-
-def refuse_sharded(parameter: Tensor) -> None:
-    """Refuse to put a new Parameter in the place of a sharded one.
-
-    Raises:
-        ValueError: if it is sharded.
-    """
-    if is_sharded(parameter):
-        raise ValueError(
-            "factors must be whole to be replaced, got sharded ones, of which fully_shard would go on to use the old."
-            " Use method 'svd_masked', whose Parameters stay."
-        )
+def write(tensor: Tensor, value: Tensor) -> None:
+    """Give a tensor a value that all processes have whole, in place."""
+    tensor.copy_(sharded_like(value, tensor))

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowra_adapters.adapter import Adapter, Base
+from flowra_adapters.adapter import Adapter, Base, refuse_sharded
 from flowra_adapters.operators import EmbeddingOperator, Operator
-from flowra_adapters.sharding import refuse_sharded, whole
+from flowra_adapters.sharding import whole
 
 __all__ = ["SVDForm"]
 

@@ -25,9 +25,9 @@ from flowra_allocation.processes import added_up, decided_once, of_each, rank_an
 from flowra_allocation.rank_history import RankEvent, RankHistory
 from flowra_allocation.refinement_files import read_refinement_state, write_refinement_state
 from flowra_allocation.refinement_state import Gathered, RefinementState, check_same_run, form_of, take_rank
-from flowra_allocation.sharding import reshard, whole
+from flowra_allocation.sharding import whole
 from flowra_allocation.surgery import append, grow, keep, rebase, silence
-from flowra_allocation.wrapping import refuse_wrapped
+from flowra_allocation.wrapping import refuse_wrapped, reshard
 
 __all__ = ["Refiner"]
 

@@ -1,13 +1,14 @@
 """Tensors of which each process holds a part, as ``torch.distributed.fsdp.fully_shard`` makes them.
 
-Every function here is called on all processes that share a tensor, in the same order.
+Every function here is called on all processes that share a tensor, in the same order. This file is the same in
+flowra-adapters and flowra-allocation (docs/decisions, 0013).
 """
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["is_sharded", "reshard", "sharded_like", "whole", "write"]
+__all__ = ["is_sharded", "sharded_like", "whole", "write"]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -46,14 +47,3 @@ def sharded_like(value: Tensor, other: Tensor) -> Tensor:
 def write(tensor: Tensor, value: Tensor) -> None:
     """Give a tensor a value that all processes have whole, in place."""
     tensor.copy_(sharded_like(value, tensor))
-
-
-def reshard(model: nn.Module) -> None:
-    """Let go of parameters that a pass without backward has left whole: what is written to them would be lost."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()

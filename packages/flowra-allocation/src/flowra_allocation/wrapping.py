@@ -13,7 +13,7 @@ from flowra_allocation.forms import AnyLayer, factors, has_slots
 from flowra_allocation.processes import several
 from flowra_allocation.sharding import is_sharded
 
-__all__ = ["is_compiled", "refuse_new_parameters", "refuse_wrapped"]
+__all__ = ["is_compiled", "refuse_new_parameters", "refuse_wrapped", "reshard"]
 
 
 def refuse_new_parameters(layer: AnyLayer) -> None:
@@ -50,6 +50,17 @@ def refuse_wrapped(
     where = _wrapping(model.modules(), compiled=compiled, group=group) if resized else None
     if where is not None:
         raise ValueError(f"layers must have slots where the model is wrapped, got {resized[0]!r} {where}. {ADVICE}")
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of parameters that a pass without backward has left whole: what is written to them would be lost."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 ADVICE = "Attach with method 'svd_masked', whose Parameters stay the same, or train unwrapped in one process."
