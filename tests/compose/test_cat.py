@@ -1,5 +1,6 @@
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flowra_compose import LowRankUpdate
-from flowra_compose.cat import cat
+from flowra_compose import LowRankUpdate, merge_updates
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "peft_add_weighted_adapter.json").read_text())
 Updates = Mapping[str, LowRankUpdate]
+cat = partial(merge_updates, rule="cat")
 
 
 def random_update(m: int, n: int, rank: int, scaling: float, seed: int) -> LowRankUpdate:

@@ -5,6 +5,7 @@ import importlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,12 +16,28 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flowra_compose import LowRankUpdate, TruncatedUpdate, merge_folders, truncated_svd, write_adapter
-from flowra_compose.low_rank import AdapterState
+from flowra_compose import (
+    AdapterState,
+    LowRankUpdate,
+    TruncatedUpdate,
+    Truncation,
+    merge_folders,
+    merge_updates,
+    write_adapter,
+)
 
 Updates = Mapping[str, LowRankUpdate]
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "peft_add_weighted_adapter.json").read_text())
 SHAPES = [(5, 30), (30, 5), (6, 6), (1, 4), (4, 1), (12, 9)]
+
+
+def truncated_svd(
+    updates: Sequence[Updates],
+    weights: Sequence[float],
+    **settings: Any,  # noqa: ANN401
+) -> dict[str, TruncatedUpdate]:
+    made = merge_updates(updates, weights, rule="truncated_svd", truncation=Truncation(**settings))
+    return cast(dict[str, TruncatedUpdate], made)
 
 
 def random_update(m: int, n: int, rank: int, *, scaling: float = 1.0, seed: int = 0) -> LowRankUpdate:
@@ -259,10 +276,13 @@ def test_nothing_larger_than_the_stacked_factors_is_made(options: dict[str, floa
     ("options", "message"),
     [
         ({}, "rank or energy must be given, got neither"),
-        ({"rank": 0}, r"rank must be a whole number ≥ 1, got {'fc': 0}\. To drop a module, leave it out of the inputs"),
-        ({"rank": -1}, "rank must be a whole number ≥ 1, got {'fc': -1}"),
-        ({"rank": 1.0}, "rank must be a whole number ≥ 1, got {'fc': 1.0}"),
-        ({"rank": True}, "rank must be a whole number ≥ 1, got {'fc': True}"),
+        (
+            {"rank": 0},
+            r"rank must be a whole number ≥ 1, got {'all modules': 0}\. To drop a module, leave it out of the inputs",
+        ),
+        ({"rank": -1}, "rank must be a whole number ≥ 1, got {'all modules': -1}"),
+        ({"rank": 1.0}, "rank must be a whole number ≥ 1, got {'all modules': 1.0}"),
+        ({"rank": True}, "rank must be a whole number ≥ 1, got {'all modules': True}"),
         ({"rank": {"fc": 0}}, "rank must be a whole number ≥ 1, got {'fc': 0}"),
         ({"rank": {"fc": None}}, "rank must be a whole number ≥ 1, got {'fc': None}"),
         ({"rank": {}}, r"rank must name the merged modules, got none for \['fc'\] and one for unknown \[\]"),
@@ -310,7 +330,9 @@ def test_peft_gives_the_logits_of_the_truncated_update(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / name)
     folders = [tmp_path / "a", tmp_path / "b"]
     exact = merge_folders(folders, [0.7, -1.3], tmp_path / "exact")
-    merge_folders(folders, [0.7, -1.3], tmp_path / "out", rule="truncated_svd", rank={"0": 2, "2": 3})
+    merge_folders(
+        folders, [0.7, -1.3], tmp_path / "out", rule="truncated_svd", truncation=Truncation(rank={"0": 2, "2": 3})
+    )
     expected, untruncated = network(), network()
     for name, rank in {"0": 2, "2": 3}.items():
         delta = exact.updates[name].delta_weight().double()
@@ -326,11 +348,11 @@ def test_peft_gives_the_logits_of_the_truncated_update(tmp_path: Path) -> None:
 def test_a_sum_of_zero_is_written_and_loaded_by_peft(tmp_path: Path) -> None:
     state = AdapterState(updates={"0": random_update(8, 6, 2)})
     write_adapter(state, tmp_path / "a")
-    merge_folders([tmp_path / "a"] * 2, [1, -1], tmp_path / "out", rule="truncated_svd", rank=2)
+    merge_folders([tmp_path / "a"] * 2, [1, -1], tmp_path / "out", rule="truncated_svd", truncation=Truncation(rank=2))
     loaded = PeftModel.from_pretrained(network(), str(tmp_path / "out")).eval()
     x = torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
     assert torch.equal(loaded(x), network()(x))
 
 
 def test_the_example_of_the_docstring_runs() -> None:
-    assert doctest.testmod(importlib.import_module("flowra_compose.truncated_svd")).failed == 0
+    assert doctest.testmod(importlib.import_module("flowra_compose.truncation")).failed == 0

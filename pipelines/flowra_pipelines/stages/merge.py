@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from flowra_adapters import detach, load_adapter, merge, unmerge
-from flowra_compose import AdapterState, TruncatedUpdate, merge_folders
+from flowra_compose import AdapterState, TruncatedUpdate, Truncation, merge_folders
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.run_config import RunConfig
 from flowra_pipelines.stages.record import StageResult
@@ -33,8 +33,7 @@ def merge_stage(config: RunConfig, folder: Path) -> StageResult:
             weights,
             folder / "adapter",
             rule=config.merge.rule,
-            rank=config.merge.rank,
-            energy=config.merge.energy,
+            truncation=_truncation(config),
             heads_from=own_head,
         )
         load_adapter(model, folder / "adapter")
@@ -58,6 +57,11 @@ def merge_stage(config: RunConfig, folder: Path) -> StageResult:
             **_loss(merged),
         },
     )
+
+
+def _truncation(config: RunConfig) -> Truncation | None:
+    rank, energy = config.merge.rank, config.merge.energy
+    return None if rank is None and energy is None else Truncation(rank=rank, energy=energy)
 
 
 def _loss(merged: AdapterState) -> dict[str, str]:

@@ -8,20 +8,31 @@ once. The result is an ordinary adapter that any reader of PEFT's format loads.
 from importlib.metadata import version
 
 from flowra_compose.low_rank import AdapterState, LowRankUpdate
-from flowra_compose.merge import RULES, MergeRule, merge_adapters, merge_folders
+from flowra_compose.merge import merge_adapters, merge_folders
+from flowra_compose.merging import merge_updates, merged_modules
+from flowra_compose.module_updates import ModuleUpdates
+from flowra_compose.options import MergeOptions
 from flowra_compose.peft_files import read_adapter, write_adapter
-from flowra_compose.truncated_svd import TruncatedUpdate, truncated_svd
+from flowra_compose.rules import RULES, MergeRule
+from flowra_compose.statistics import ModuleStatistics
+from flowra_compose.truncation import TruncatedUpdate, Truncation, truncated
 
 __all__ = [
     "RULES",
     "AdapterState",
     "LowRankUpdate",
+    "MergeOptions",
     "MergeRule",
+    "ModuleStatistics",
+    "ModuleUpdates",
     "TruncatedUpdate",
+    "Truncation",
     "merge_adapters",
     "merge_folders",
+    "merge_updates",
+    "merged_modules",
     "read_adapter",
-    "truncated_svd",
+    "truncated",
     "write_adapter",
 ]
 

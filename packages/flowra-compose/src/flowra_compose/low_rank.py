@@ -1,17 +1,32 @@
 """The values that composition works on: low-rank updates by module, and an adapter made of them.
 
-Conventions: a weight is ``(m, n)`` = (out, in); ΔW = s · B A with A ``(r, n)`` and B ``(m, r)``.
+Conventions: an update is a matrix, ``(m, n)`` = (out, in); ΔW = s · B A with A ``(r, n)`` and B ``(m, r)``. How it lies
+in a parameter that is no such matrix is its *layout*; the algebra of composition does not ask for it. What is not of
+low rank, as the update of DoRA, is a pair whose one factor is the identity (:meth:`LowRankUpdate.of_delta_weight`).
+
+=============  ==========================  ===============================================
+layout         parameter                   ΔW
+=============  ==========================  ===============================================
+``linear``     ``(m, n)``                  as it is
+``conv``       ``(m, n / (k₁ k₂ …), k₁…)``  every kernel flattened, one output channel a row
+``embedding``  ``(n, m)``                  transposed: a linear map of one-hot tokens
+``vector``     ``(m,)``                    n = 1: a bias, or the weight of a norm
+=============  ==========================  ===============================================
+
 Source: Hu et al. 2022 (arXiv:2106.09685), section 4.1.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["AdapterState", "LowRankUpdate"]
+__all__ = ["AdapterState", "Layout", "LowRankUpdate"]
+
+Layout = Literal["linear", "conv", "embedding", "vector"]
 
 FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -21,7 +36,8 @@ class LowRankUpdate:
     """The update of one module, ΔW = scaling · B A.
 
     Raises:
-        ValueError: if the factors do not fit each other, are empty, not of a floating dtype or not finite.
+        ValueError: if the factors do not fit each other or the layout, are empty, not of a floating dtype or not
+            finite.
     """
 
     lora_A: Tensor
@@ -30,6 +46,10 @@ class LowRankUpdate:
     """B, ``(m, r)``; its dtype may differ from A's, its device may not."""
     scaling: float = 1.0
     """s, a finite number."""
+    layout: Layout = field(default="linear", kw_only=True)
+    """How ΔW lies in its parameter."""
+    kernel: tuple[int, ...] = field(default=(), kw_only=True)
+    """The sides of the kernel of a convolution, else empty."""
 
     def __post_init__(self) -> None:
         a, b = self.lora_A, self.lora_B
@@ -40,6 +60,26 @@ class LowRankUpdate:
             raise ValueError(f"lora_A and lora_B must be float16, bfloat16, float32 or 64, got {a.dtype} and {b.dtype}")
         if not (torch.isfinite(a).all() and torch.isfinite(b).all() and math.isfinite(self.scaling)):
             raise ValueError("lora_A, lora_B and scaling must be finite, got NaN or infinity")
+        side = math.prod(self.kernel)
+        fits = side > 0 and a.shape[1] % side == 0 if self.layout == "conv" else not self.kernel
+        if not fits or (self.layout == "vector" and a.shape[1] != 1):
+            raise ValueError(f"lora_A must fit the layout {self.layout!r}, kernel {self.kernel}, got {tuple(a.shape)}")
+
+    @classmethod
+    def of_delta_weight(
+        cls, delta_weight: Tensor, *, layout: Layout = "linear", kernel: tuple[int, ...] = ()
+    ) -> "LowRankUpdate":
+        """Return the update whose product is a given matrix, exactly: the factor of the shorter side is the identity.
+
+        Args:
+            delta_weight: ΔW, ``(m, n)``.
+            layout: how it lies in its parameter.
+            kernel: of a convolution.
+        """
+        m, n = delta_weight.shape
+        identity = torch.eye(min(m, n), dtype=delta_weight.dtype, device=delta_weight.device)
+        factors = (delta_weight, identity) if m <= n else (identity, delta_weight)
+        return cls(*factors, layout=layout, kernel=kernel)
 
     @property
     def rank(self) -> int:
@@ -55,6 +95,23 @@ class LowRankUpdate:
     def dtype(self) -> torch.dtype:
         """The promoted dtype of both factors."""
         return torch.promote_types(self.lora_A.dtype, self.lora_B.dtype)
+
+    @property
+    def parameter_shape(self) -> tuple[int, ...]:
+        """The shape of the parameter that is updated, see the table above."""
+        m, n = self.shape
+        shapes: dict[Layout, tuple[int, ...]] = {
+            "linear": (m, n),
+            "conv": (m, n // math.prod(self.kernel), *self.kernel),
+            "embedding": (n, m),
+            "vector": (m,),
+        }
+        return shapes[self.layout]
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in both factors, r (m + n)."""
+        return self.lora_A.numel() + self.lora_B.numel()
 
     def delta_weight(self) -> Tensor:
         """Return ΔW, ``(m, n)``, in the promoted dtype of the factors, at least float32."""
@@ -72,7 +129,8 @@ class AdapterState:
     """
 
     updates: Mapping[str, LowRankUpdate]
-    """Qualified module name to update. A module that is not named is not changed."""
+    """Qualified module name to the update of its weight, or for a ``vector`` the qualified name of the parameter
+    (``fc.bias``, ``norm.weight``). What is not named is not changed. Read when needed: it may be a file."""
     modules_to_save: Mapping[str, Tensor] = field(default_factory=dict)
     """Qualified tensor name (``classifier.weight``) to the trained value that replaces the base's."""
     trained_modules: tuple[str, ...] = ()

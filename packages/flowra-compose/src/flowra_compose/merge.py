@@ -1,40 +1,20 @@
 """Many adapters become one. What every rule needs is checked here, once; a rule supplies its mathematics."""
 
-import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from flowra_compose.cat import cat
-from flowra_compose.low_rank import AdapterState, LowRankUpdate
+from flowra_compose.low_rank import AdapterState
+from flowra_compose.merging import check_rule, merge_updates
+from flowra_compose.options import MergeOptions
 from flowra_compose.peft_files import read_adapter, write_adapter
-from flowra_compose.truncated_svd import truncated_svd
+from flowra_compose.statistics import ModuleStatistics
+from flowra_compose.truncation import Truncation
 
-__all__ = ["RULES", "MergeRule", "merge_adapters", "merge_folders"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MergeRule:
-    """The mathematics of a merge, and what it can be told beyond the weights."""
-
-    merge: Callable[..., Mapping[str, LowRankUpdate]]
-    """Takes one mapping from module name to update per input, the weights, and its options by keyword. It gets all
-    modules at once, so that it may look across them, and works on products ΔW. Shapes, devices and weights have been
-    checked."""
-    options: tuple[str, ...] = ()
-    """The options of :func:`merge_adapters` that it takes; any other is refused."""
-
-
-RULES: Mapping[str, MergeRule] = MappingProxyType({
-    "cat": MergeRule(merge=cat),
-    "truncated_svd": MergeRule(merge=truncated_svd, options=("rank", "energy")),
-})
-"""Rules by name."""
+__all__ = ["merge_adapters", "merge_folders"]
 
 
 def merge_adapters(
@@ -42,8 +22,9 @@ def merge_adapters(
     weights: Sequence[float],
     *,
     rule: str = "cat",
-    rank: int | Mapping[str, int] | None = None,
-    energy: float | None = None,
+    options: MergeOptions | None = None,
+    truncation: Truncation | None = None,
+    statistics: Sequence[Mapping[str, ModuleStatistics]] | None = None,
     heads_from: int | None = None,
 ) -> AdapterState:
     """Merge adapters of one base into one adapter.
@@ -51,10 +32,10 @@ def merge_adapters(
     Args:
         adapters: at least one. Ranks and target modules may differ; a module missing from one counts as ΔW = 0 there.
         weights: one finite number for each adapter, of any sign, for its ΔW. An adapter of weight 0 adds no update.
-        rule: a name in :data:`RULES`. ``cat`` is the exact weighted sum, ``truncated_svd`` its best approximation of a
-            lower rank, whose updates say what was lost (:class:`TruncatedUpdate`).
-        rank: largest rank, of all modules or by module name; for ``truncated_svd``.
-        energy: share of ‖ΔW‖_F² to keep, in (0, 1]; for ``truncated_svd``.
+        rule: a name in :data:`RULES`. ``cat`` is the exact weighted sum.
+        options: of the rule.
+        truncation: gives the result another rank; its updates then say what was lost (:class:`TruncatedUpdate`).
+        statistics: one mapping from module name to what is known of it for each adapter, for rules that need it.
         heads_from: index of the adapter whose ``modules_to_save`` are kept. Modules trained in full are never mixed and
             know no weight: without this, those of all adapters that carry any must be equal bit by bit.
 
@@ -68,7 +49,7 @@ def merge_adapters(
             or if a merged factor does not fit its dtype.
     """
     labels = [f"adapters[{index}]" for index in range(len(adapters))]
-    return _merge(adapters, weights, labels, rule, {"rank": rank, "energy": energy}, heads_from)
+    return _merge(adapters, weights, labels, rule, options, truncation, statistics, heads_from)
 
 
 def merge_folders(
@@ -77,8 +58,9 @@ def merge_folders(
     out: str | Path,
     *,
     rule: str = "cat",
-    rank: int | Mapping[str, int] | None = None,
-    energy: float | None = None,
+    options: MergeOptions | None = None,
+    truncation: Truncation | None = None,
+    statistics: Sequence[Mapping[str, ModuleStatistics]] | None = None,
     heads_from: int | None = None,
 ) -> AdapterState:
     """Read adapters in PEFT's format, merge them, and write the result. See :func:`merge_adapters`.
@@ -88,8 +70,9 @@ def merge_folders(
         weights: one for each folder.
         out: folder to write, none of the inputs. Nothing is written unless the whole merge succeeds.
         rule: as for :func:`merge_adapters`.
-        rank: as for :func:`merge_adapters`.
-        energy: as for :func:`merge_adapters`.
+        options: as for :func:`merge_adapters`.
+        truncation: as for :func:`merge_adapters`.
+        statistics: as for :func:`merge_adapters`.
         heads_from: as for :func:`merge_adapters`.
 
     Returns:
@@ -103,7 +86,7 @@ def merge_folders(
         raise ValueError(f"out must be a folder of its own, got {out}, which is an input. Choose another.")
     adapters = [read_adapter(folder) for folder in folders]
     labels = [str(folder) for folder in folders]
-    merged = _merge(adapters, weights, labels, rule, {"rank": rank, "energy": energy}, heads_from)
+    merged = _merge(adapters, weights, labels, rule, options, truncation, statistics, heads_from)
     write_adapter(merged, out)
     return merged
 
@@ -113,14 +96,12 @@ def _merge(
     weights: Sequence[float],
     labels: Sequence[str],
     rule: str,
-    options: Mapping[str, object],
+    options: MergeOptions | None,
+    truncation: Truncation | None,
+    statistics: Sequence[Mapping[str, ModuleStatistics]] | None,
     heads_from: int | None,
 ) -> AdapterState:
-    if rule not in RULES:
-        near = difflib.get_close_matches(rule, RULES, n=1, cutoff=0.0)
-        raise ValueError(f"rule must be one of {sorted(RULES)}, got {rule!r}. Nearest: {near[0]!r}.")
-    given = {option: value for option, value in options.items() if value is not None}
-    _check_options(rule, given)
+    check_rule(rule, options or MergeOptions(), truncation)
     if not adapters or len(weights) != len(adapters):
         raise ValueError(f"weights must be one for each adapter, at least one, got {len(weights)} for {len(adapters)}")
     infinite = [f"{weight} for {label}" for weight, label in zip(weights, labels, strict=True) if not _finite(weight)]
@@ -131,7 +112,14 @@ def _merge(
     bases = [one.base_model_name_or_path for one in adapters]
     task_types = [one.task_type for one in adapters]
     return AdapterState(
-        updates=RULES[rule].merge([one.updates for one in adapters], weights, **given),
+        updates=merge_updates(
+            [one.updates for one in adapters],
+            weights,
+            rule=rule,
+            options=options,
+            truncation=truncation,
+            statistics=statistics,
+        ),
         modules_to_save={} if source is None else adapters[source].modules_to_save,
         trained_modules=() if source is None else adapters[source].trained_modules,
         base_model_name_or_path=_agreed(bases, labels, "base_model_name_or_path"),
@@ -140,25 +128,19 @@ def _merge(
     )
 
 
-def _check_options(rule: str, given: Mapping[str, object]) -> None:
-    for option, value in given.items():
-        if option not in RULES[rule].options:
-            takers = sorted(name for name, each in RULES.items() if option in each.options)
-            raise ValueError(f"{option} must be left out with the rule {rule!r}, got {value}. It is for {takers}.")
-
-
 def _finite(weight: float) -> bool:
     return isinstance(weight, int | float) and math.isfinite(weight)
 
 
 def _check_shapes(adapters: Sequence[AdapterState], labels: Sequence[str]) -> None:
-    seen: dict[str, tuple[tuple[int, int], str]] = {}
+    seen: dict[str, tuple[str, str]] = {}
     problems = []
     for one, label in zip(adapters, labels, strict=True):
         for name, update in one.updates.items():
-            shape, first = seen.setdefault(name, (update.shape, label))
-            if update.shape != shape:
-                problems.append(f"{shape} in {first} and {update.shape} in {label} for {name!r}")
+            form = f"{update.layout} {update.parameter_shape}"
+            known, first = seen.setdefault(name, (form, label))
+            if form != known:
+                problems.append(f"{known} in {first} and {form} in {label} for {name!r}")
     if problems:
         raise ValueError(f"adapters must agree on the shape of a module, got {'; '.join(problems)}")
     updates = [update for one in adapters for update in one.updates.values()]

@@ -1,0 +1,108 @@
+"""What a rule of composition sees: the updates of one module by all tasks, weights included."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from flowra_compose.low_rank import LowRankUpdate
+from flowra_compose.statistics import ModuleStatistics
+
+__all__ = ["ModuleUpdates", "modules_of"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ModuleUpdates:
+    """The task vectors τᵢ = wᵢ ΔWᵢ of one module, of one shape and layout, on one device."""
+
+    name: str
+    """The module's."""
+    updates: tuple[LowRankUpdate | None, ...]
+    """τᵢ for each task, its weight in the scaling. None where a task leaves the module alone, τᵢ = 0; one at least is
+    not None."""
+    statistics: tuple[ModuleStatistics | None, ...]
+    """What is known of each task at this module."""
+    thresholds: tuple[float, ...] | None = None
+    """For each task the magnitude below which entries are trimmed, where a rule looks at all modules for it."""
+
+    @property
+    def present(self) -> tuple[LowRankUpdate, ...]:
+        """The updates that are there."""
+        return tuple(update for update in self.updates if update is not None)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+        return self.present[0].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The promoted dtype of all factors, which the result gets."""
+        dtype = self.present[0].dtype
+        for update in self.present[1:]:
+            dtype = torch.promote_types(dtype, update.dtype)
+        return dtype
+
+    def stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Stack the factors along the rank: Σᵢ sᵢ Bᵢ Aᵢ = [s₁B₁ … s_k B_k] [A₁; …; A_k], and nothing is averaged.
+
+        Returns:
+            A ``(Σ rᵢ, n)`` and B ``(m, Σ rᵢ)`` with B A = Σᵢ τᵢ, computed in the dtype given.
+        """
+        a = torch.cat([update.lora_A.to(dtype) for update in self.present])
+        b = torch.cat([update.scaling * update.lora_B.to(dtype) for update in self.present], dim=1)
+        return a, b
+
+    def of_factors(self, a: Tensor, b: Tensor) -> LowRankUpdate:
+        """Return an update of this module with ΔW = B A, in any dtype: it gets that of the inputs at the end."""
+        first = self.present[0]
+        return LowRankUpdate(a, b, layout=first.layout, kernel=first.kernel)
+
+    def of_delta_weight(self, delta_weight: Tensor) -> LowRankUpdate:
+        """Return an update of this module with a given ΔW ``(m, n)``, which need not be of low rank."""
+        first = self.present[0]
+        return LowRankUpdate.of_delta_weight(delta_weight, layout=first.layout, kernel=first.kernel)
+
+    def fitted(self, update: LowRankUpdate) -> LowRankUpdate:
+        """Return an update of this module in the dtype of the inputs.
+
+        Raises:
+            ValueError: if a factor does not fit it.
+        """
+        a, b = update.lora_A.to(self.dtype), update.lora_B.to(self.dtype)
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise ValueError(
+                f"weighted factors must fit {self.dtype}, got infinity for {self.name!r}."
+                " Lower the weights, or merge float32 copies of the inputs."
+            )
+        return replace(update, lora_A=a, lora_B=b)
+
+
+def modules_of(
+    updates: Sequence[Mapping[str, LowRankUpdate]],
+    weights: Sequence[float],
+    statistics: Sequence[Mapping[str, ModuleStatistics]] | None = None,
+) -> Iterator[ModuleUpdates]:
+    """Go through the modules, sorted by name; each update is asked for once, when its module's turn comes.
+
+    Args:
+        updates: one mapping from module name to update for each task.
+        weights: one for each task; a task of weight 0 takes no part.
+        statistics: one mapping from module name to statistics for each task.
+
+    Yields:
+        Each module that a task of non-zero weight updates.
+    """
+    known = statistics or [{} for _ in updates]
+    tasks = [task for task in zip(weights, updates, known, strict=True) if task[0] != 0]
+    for name in sorted({name for _, one, _ in tasks for name in one}):
+        yield ModuleUpdates(
+            name=name,
+            updates=tuple(_weighted(weight, one[name]) if name in one else None for weight, one, _ in tasks),
+            statistics=tuple(each.get(name) for _, _, each in tasks),
+        )
+
+
+def _weighted(weight: float, update: LowRankUpdate) -> LowRankUpdate:
+    return replace(update, scaling=weight * update.scaling)
