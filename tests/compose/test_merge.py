@@ -142,7 +142,8 @@ def test_shapes_that_disagree_name_both_inputs() -> None:
 
 def test_devices_that_disagree_are_refused() -> None:
     far = AdapterState(updates={"other": LowRankUpdate.__new__(LowRankUpdate)})
-    for field, value in (("lora_A", torch.empty(1, 4, device="meta")), ("lora_B", torch.ones(3, 1)), ("scaling", 1.0)):
+    values = {"lora_A": torch.empty(1, 4, device="meta"), "lora_B": torch.ones(3, 1), "layout": "linear", "kernel": ()}
+    for field, value in values.items():
         object.__setattr__(far.updates["other"], field, value)
     with pytest.raises(ValueError, match=r"one device, got \['cpu', 'meta'\]"):
         merge_adapters([adapter(), far], [1, 1])
@@ -207,7 +208,7 @@ def test_folders_merge_to_a_folder(tmp_path: Path) -> None:
 def test_a_failed_merge_names_the_folders_and_writes_nothing(tmp_path: Path) -> None:
     write_adapter(adapter(0), tmp_path / "a")
     write_adapter(adapter(1, out=5), tmp_path / "b")
-    with pytest.raises(ValueError, match=r"\(3, 4\) in .*/a and \(5, 4\) in .*/b for 'fc'"):
+    with pytest.raises(ValueError, match=r"linear \(3, 4\) in .*/a and linear \(5, 4\) in .*/b for 'fc'"):
         merge_folders([tmp_path / "a", tmp_path / "b"], [1, 1], tmp_path / "out")
     with pytest.raises(ValueError, match="Was every weight 0"):
         merge_folders([tmp_path / "a"], [0], tmp_path / "out")

@@ -8,6 +8,7 @@ from torch import Tensor
 from flowra_compose.low_rank import LowRankUpdate
 from flowra_compose.module_updates import ModuleUpdates, modules_of
 from flowra_compose.options import MergeOptions
+from flowra_compose.product_svd import product_svd
 from flowra_compose.rules import MergeRule, rule_named
 from flowra_compose.statistics import ModuleStatistics
 from flowra_compose.truncation import Truncation, truncated
@@ -75,6 +76,9 @@ def merged_modules(
         merged = row.merge(module, options)
         if truncation is not None:
             merged = truncated(merged, rank=truncation.of(module.name), energy=truncation.energy)
+        elif merged.rank > min(merged.shape):
+            svd = product_svd(merged.lora_A, merged.scaling * merged.lora_B)
+            merged = module.of_factors(*svd.balanced_factors(min(merged.shape)))
         yield module.name, module.fitted(merged)
 
 

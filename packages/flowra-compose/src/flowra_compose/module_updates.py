@@ -44,14 +44,14 @@ class ModuleUpdates:
             dtype = torch.promote_types(dtype, update.dtype)
         return dtype
 
-    def stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def stacked(self) -> tuple[Tensor, Tensor]:
         """Stack the factors along the rank: Σᵢ sᵢ Bᵢ Aᵢ = [s₁B₁ … s_k B_k] [A₁; …; A_k], and nothing is averaged.
 
         Returns:
-            A ``(Σ rᵢ, n)`` and B ``(m, Σ rᵢ)`` with B A = Σᵢ τᵢ, computed in the dtype given.
+            A ``(Σ rᵢ, n)`` and B ``(m, Σ rᵢ)`` with B A = Σᵢ τᵢ, in float64.
         """
-        a = torch.cat([update.lora_A.to(dtype) for update in self.present])
-        b = torch.cat([update.scaling * update.lora_B.to(dtype) for update in self.present], dim=1)
+        a = torch.cat([update.lora_A.double() for update in self.present])
+        b = torch.cat([update.scaling * update.lora_B.double() for update in self.present], dim=1)
         return a, b
 
     def of_factors(self, a: Tensor, b: Tensor) -> LowRankUpdate:

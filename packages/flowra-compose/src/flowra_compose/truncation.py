@@ -64,8 +64,8 @@ class Truncation:
             )
         if self.energy is not None and not 0 < self.energy <= 1:
             raise ValueError(f"energy must be in (0, 1], got {self.energy}")
-        ranks = self.rank if isinstance(self.rank, Mapping) else {"all modules": self.rank}
-        wrong = {name: each for name, each in ranks.items() if each is not None and (type(each) is not int or each < 1)}
+        ranks = self.rank if isinstance(self.rank, Mapping) else {"all modules": 1 if self.rank is None else self.rank}
+        wrong = {name: each for name, each in ranks.items() if type(each) is not int or each < 1}
         if wrong:
             raise ValueError(
                 f"rank must be a whole number ≥ 1, got {wrong}. To drop a module, leave it out of the inputs."
