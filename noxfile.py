@@ -1,6 +1,6 @@
 """Sessions share one environment, `.venv`; installing is skipped while its inputs are unchanged.
 
-nox -s demo | tests | lint | types | contracts | unit | bench | changelog | hooks
+nox -s demo | tests | slow | laws | lint | types | contracts | unit | capabilities | bench | changelog | hooks
 """
 
 import ast
@@ -36,6 +36,7 @@ CURVLINOPS = ["curvlinops-for-pytorch", "einconv", "linear-operator"]
 # Pip must compile bytecode once; without it every later start pays for compiling everything again.
 INSTALL_ENV = {"PYTHONDONTWRITEBYTECODE": None}
 PYTEST = ["-m", "pytest", "-n", "2", "--dist", "loadfile"]
+FAST = "not slow and not exhaustive"
 # Run in a unit environment with the names that it must not offer.
 ALONE = """
 import importlib.util, sys
@@ -75,14 +76,21 @@ def demo(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
-    """All tests, on two workers."""
+    """All tests but the slow ones, on two workers."""
     sync(session)
-    python(session, *PYTEST, *session.posargs)
+    python(session, *PYTEST, "-m", FAST, *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def slow(session: nox.Session) -> None:
+    """Tests that take long: whole runs, kills, servers, twenty thousand damaged files."""
+    sync(session)
+    python(session, *PYTEST, "-m", "slow", *session.posargs)
 
 
 @nox.session(venv_backend="none")
 def laws(session: nox.Session) -> None:
-    """The whole product of adapter methods, layer types, dtypes and laws, which `tests` runs in part."""
+    """The whole product of adapter methods, layer types, dtypes and laws, which `tests` and `slow` run in part."""
     sync(session)
     files = [f"tests/adapters/test_{name}.py" for name in ("laws", "capabilities", "compile")]
     python(session, *PYTEST, *files, "-m", "", *session.posargs)
@@ -123,7 +131,7 @@ def contracts(session: nox.Session) -> None:
 def unit(session: nox.Session, package: str) -> None:
     """One package's wheel, without its siblings, against its tests and doctests.
 
-    Pipelines get all five wheels, since they need them; slow tests are left to `tests`. The wheel goes into an
+    Pipelines get all five wheels, since they need them; slow tests are left to `slow`. The wheel goes into an
     environment of its own. Third parties come from `.venv` through one .pth file that names its site-packages; siblings
     do not, because .pth files are not read in a folder that a .pth file names.
     """
@@ -152,7 +160,7 @@ def unit(session: nox.Session, package: str) -> None:
         "--pyargs",
         f"flowra_{package}",
         "-m",
-        "not slow and not exhaustive",
+        FAST,
     ]
     session.run(inner, *PYTEST, *checked, *session.posargs, external=True, env=INSTALL_ENV)
 

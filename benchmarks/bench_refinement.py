@@ -302,7 +302,7 @@ def main() -> None:
         print(bench_step.peak_resident())
         return
     rows = [allocation(), *runs(arguments.steps), after_shrinking(rounds=arguments.rounds)]
-    peaks = {name: memory(name, 60) for name in (*OURS, *PEERS)}
+    peaks = {name: memory(name, 30) for name in (*OURS, *PEERS)}
     for name in OURS:
         what = f"{name}: peak memory of a fresh process, ratio to PEFT's AdaLoRA (peer: PEFT's LoRA)"
         ratio, lora = (peaks[each] / peaks["adalora of PEFT"] for each in (name, "lora of PEFT"))

@@ -58,6 +58,7 @@ def assert_compiled_equals_eager(model: nn.Module, x: Tensor, backend: str) -> N
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_a_language_model_has_no_graph_break(method: str) -> None:
     model = adapted(llama_causal_lm(), "all-linear", method)

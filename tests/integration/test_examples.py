@@ -61,6 +61,7 @@ def test_every_example_is_tested() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == CHECKS.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS)
 def test_an_example_runs_in_a_fresh_process_and_writes_what_it_says(name: str, tmp_path: Path) -> None:
     out = tmp_path / "out"

