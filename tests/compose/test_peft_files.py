@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from flowra_compose import AdapterState, LowRankUpdate, merge_folders, read_adapter, write_adapter
+from flowra_compose.lazy_updates import LazyUpdates
+from flowra_compose.whole_tensors import TensorFile, write_tensors
 
 PREFIX = "base_model.model."
 TENSORS = "adapter_model.safetensors"
@@ -157,14 +159,9 @@ def test_a_configuration_that_does_not_name_the_storage_means_rows_of_outputs(fo
     assert read_adapter(folder).fan_in_fan_out is False
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"use_dora": True}, {"bias": "all"}, {"init_lora_weights": "pissa"}],
-    ids=lambda options: next(iter(options)),
-)
-def test_what_peft_saves_beyond_plain_lora_is_refused(tmp_path: Path, options: dict[str, Any]) -> None:
-    save_with_peft(tmp_path / "a", r=2, target_modules=["0"], **options)
-    with pytest.raises(ValueError, match=f"must be plain LoRA, got {{'{next(iter(options))}'"):
+def test_what_peft_starts_from_the_base_weight_is_refused(tmp_path: Path) -> None:
+    save_with_peft(tmp_path / "a", r=2, target_modules=["0"], init_lora_weights="pissa")
+    with pytest.raises(ValueError, match=r"must be plain LoRA, got \{'init_lora_weights'"):
         read_adapter(tmp_path / "a")
 
 
@@ -259,14 +256,18 @@ def test_first_matching_key_sets_rank_and_alpha(folder: Path) -> None:
     [
         ({"peft_type": "IA3"}, "plain LoRA, got {'peft_type': 'IA3'}"),
         ({"peft_type": None}, "plain LoRA, got {'peft_type': None}"),
-        ({"use_dora": True}, "plain LoRA, got {'use_dora': True}"),
+        ({"use_dora": True}, r"and lora_B, lora_magnitude_vector, got block.fc \(lora_A, lora_B\)"),
         ({"fan_in_fan_out": "true"}, "plain LoRA, got {'fan_in_fan_out': 'true'}"),
-        ({"lora_bias": True}, "plain LoRA, got {'lora_bias': True}"),
-        ({"bias": "lora_only"}, "plain LoRA, got {'bias': 'lora_only'}"),
+        ({"lora_bias": True}, r"and lora_B, lora_B.bias, got block.fc \(lora_A, lora_B\)"),
+        ({"use_dora": "yes"}, "plain LoRA, got {'use_dora': 'yes'}"),
+        ({"use_dora": True, "lora_bias": True}, "plain LoRA, got {'lora_bias': True}"),
+        ({"target_parameters": ["fc.weight"]}, "plain LoRA, got {'target_parameters'"),
+        ({"peft_type": "ADALORA", "init_r": 2}, "plain LoRA, got {'alpha_pattern'"),
+        ({"bias": "some"}, "plain LoRA, got {'bias': 'some'}"),
         ({"use_rslora": "false"}, "plain LoRA, got {'use_rslora': 'false'}"),
         ({"init_lora_weights": "pissa_niter_4"}, "plain LoRA, got {'init_lora_weights'"),
         ({"layer_replication": [[0, 4]]}, "plain LoRA, got {'layer_replication'"),
-        ({"r": 3, "rank_pattern": {}}, "rank must be the configured 3, got 1 for 'block.fc'"),
+        ({"r": 3, "rank_pattern": {}}, "rank must be the configured 3, got 1; for 'block.fc'"),
         ({"r": 0, "rank_pattern": {}}, "r and rank_pattern must be finite numbers other than 0, got 0"),
         ({"r": None, "rank_pattern": {}}, "got None for 'block.fc'"),
         ({"r": True, "rank_pattern": {}}, "got True for 'block.fc'"),
@@ -291,11 +292,10 @@ def test_hostile_configurations_are_refused(folder: Path, changes: dict[str, obj
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"fc.lora_A.weight": torch.full((2, 4), torch.nan)}, "must be finite, got NaN or infinity; for 'fc'"),
         ({"fc.lora_A.weight": torch.ones(5, 4)}, r"got \(5, 4\) and \(3, 2\); for 'fc'"),
         ({"fc.lora_A.weight": torch.ones(2, 4, 1, 1)}, r"got \(2, 4, 1, 1\) and \(3, 2\); for 'fc'"),
         ({"fc.lora_A.weight": torch.ones(2, 4).int()}, "got torch.int32 and torch.float32; for 'fc'"),
-        ({"fc.lora_A.weight": None}, r"must have lora_A and lora_B, got \['fc'\]"),
+        ({"fc.lora_A.weight": None}, r"must have lora_A and lora_B, got fc \(lora_B\)"),
         ({"head.weight": torch.full((2,), torch.inf)}, "NaN or infinity in 'head.weight'"),
         ({"fc.bias": torch.ones(3)}, r"belong to modules_to_save, got \['base_model.model.fc.bias'\]"),
         ({"fc.lora_magnitude_vector": torch.ones(3)}, "lora_magnitude_vector"),
@@ -355,3 +355,92 @@ def test_a_tensor_outside_the_peft_prefix_is_refused(folder: Path) -> None:
     save_file(load_file(folder / TENSORS) | {"fc.lora_A.weight": torch.ones(2, 4)}, folder / TENSORS)
     with pytest.raises(ValueError, match=r"got \['fc\.lora_A\.weight'\]"):
         read_adapter(folder)
+
+
+# one module at a time
+
+
+def test_a_nan_is_found_when_its_module_is_read_and_before_anything_is_written(folder: Path, tmp_path: Path) -> None:
+    edit_tensors(folder, **{"fc.lora_A.weight": torch.full((2, 4), torch.nan)})
+    state = read_adapter(folder)
+    assert state.updates["block.fc"].rank == 1
+    message = "must be finite, got NaN or infinity; for 'fc'; in .*adapter"
+    with pytest.raises(ValueError, match=message):
+        state.updates["fc"]
+    with pytest.raises(ValueError, match=message):
+        write_adapter(state, tmp_path / "copy")
+    assert not list((tmp_path / "copy").iterdir())
+    with pytest.raises(ValueError, match=message):
+        merge_folders([folder], [1], tmp_path / "out")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["adapter", "copy"]
+
+
+def test_shapes_are_known_without_reading_values(folder: Path) -> None:
+    updates = read_adapter(folder).updates
+    assert isinstance(updates, LazyUpdates)
+    assert list(updates) == ["block.fc", "fc"]
+    for name, outline in updates.outlines.items():
+        assert outline.lora_A.is_meta
+        assert (outline.shape, outline.rank, outline.dtype) == (updates[name].shape, updates[name].rank, torch.float32)
+    with pytest.raises(KeyError):
+        updates["other"]
+
+
+@pytest.mark.parametrize("change", ["replaced", "cut", "removed"])
+def test_a_file_that_changes_after_it_was_opened_is_refused(folder: Path, change: str) -> None:
+    state = read_adapter(folder)
+    if change == "replaced":
+        write_adapter(read_adapter(folder), folder)
+    elif change == "cut":
+        (folder / TENSORS).write_bytes((folder / TENSORS).read_bytes()[:-1])
+    else:
+        (folder / TENSORS).unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors must stay as it was when it was opened, got another"):
+        state.updates["fc"]
+
+
+@pytest.mark.parametrize("name", ["fc", "block.fc", "head.weight"])
+def test_what_is_read_is_memory_of_its_own(folder: Path, name: str) -> None:
+    state = read_adapter(folder)
+
+    def read() -> Tensor:
+        return state.modules_to_save[name] if name in state.modules_to_save else state.updates[name].lora_B
+
+    read().zero_()
+    assert read().abs().sum() > 0
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.dictionaries(
+        st.text("abÄ.", min_size=1, max_size=4),
+        st.tuples(
+            st.lists(st.integers(0, 3), max_size=3),
+            st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
+        ),
+        max_size=5,
+    )
+)
+def test_tensors_are_written_as_safetensors_writes_them(
+    tmp_path_factory: pytest.TempPathFactory, kinds: dict[str, tuple[list[int], torch.dtype]]
+) -> None:
+    folder = tmp_path_factory.mktemp("tensors")
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, (shape, dtype) in kinds.items()}
+    write_tensors(folder / "ours", tensors, tensors.__getitem__, {"format": "pt"})
+    found = TensorFile(folder / "ours")
+    assert found.metadata == {"format": "pt"}
+    assert list(found) == sorted(tensors)
+    save_file(tensors, folder / "theirs", metadata={"format": "pt"})
+    for name, tensor in load_file(folder / "ours").items():
+        assert torch.equal(tensor, tensors[name])
+        assert torch.equal(found[name], tensor)
+        assert (found.outlines[name].shape, found.outlines[name].dtype) == (tensor.shape, tensor.dtype)
+    assert (folder / "ours").stat().st_size == (folder / "theirs").stat().st_size
+    if len({dtype.itemsize for _, dtype in kinds.values()}) == len({dtype for _, dtype in kinds.values()}):
+        assert (folder / "ours").read_bytes() == (folder / "theirs").read_bytes()
+
+
+def test_a_dtype_that_is_not_known_is_refused_on_writing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"must be of a dtype in .*, got others for \['a'\]"):
+        write_tensors(tmp_path / "a", {"a": torch.ones(1, dtype=torch.complex64)}, lambda name: torch.ones(1), {})

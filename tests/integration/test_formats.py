@@ -28,7 +28,12 @@ from flowra_allocation import (
 )
 from flowra_allocation.refinement_files import read_refinement_state
 from flowra_analysis import FlowProfile, ModuleProfile, read_profile, write_profile
-from flowra_compose import AdapterState, LowRankUpdate, read_adapter, write_adapter
+from flowra_compose import AdapterState, LowRankUpdate, ModuleUpdates, read_adapter, write_adapter
+from flowra_compose.interference import InterferenceMeter
+from flowra_compose.interference_files import read_interference, write_interference
+from flowra_compose.memory import TaskMemory
+from flowra_compose.memory_files import read_task_memory, write_task_memory
+from flowra_compose.statistics import ModuleStatistics
 from flowra_pipelines.run_config import RunConfig, load_config
 from flowra_pipelines.stages.record import STAGES, StageResult, read_record, run_stage
 from flowra_pipelines.stages.setting import base_model, load_setting
@@ -43,20 +48,16 @@ SCHEMAS = {  # of what runs write; that of run configurations is tested beside t
     for path in sorted(FORMATS.glob("*.schema.json"))
     if path.name != "run_config.schema.json"
 }
-NOT_OF_A_RUN = {"refinement_state"}  # written by training loops of one's own
+NOT_OF_A_RUN = {"refinement_state", "task_memory", "interference"}  # written by loops of one's own, and by merges
 READERS: dict[str, Callable[[Path], object]] = {
     "profile": read_profile,
     "plan": read_plan,
     "training_state": read_training_state,
     "refinement_state": read_refinement_state,
+    "interference": read_interference,
+    "task_memory": read_task_memory,
 }
-WIDER: dict[str, Any] = {  # what flowra_adapters reads and nothing composes
-    "peft_type": "ADALORA",
-    "bias": "all",
-    "use_dora": True,
-    "lora_bias": True,
-    "target_parameters": ["fc.weight"],
-}
+WIDER: dict[str, Any] = {"target_parameters": ["fc.weight"]}  # what flowra_adapters reads and nothing composes
 MEANING: dict[str, Any] = {
     "peft_type": "LOHA",
     "bias": "some",
@@ -111,7 +112,8 @@ def artifacts(run: RunConfig, tmp_path: Path) -> dict[str, Path]:
         shutil.copytree(run.folder / folder, tmp_path / name, ignore=shutil.ignore_patterns("*.png"))
         copied[name] = tmp_path / name / f"{name}.json"
     refinement().save(tmp_path / "refinement_state")
-    return copied | {"refinement_state": tmp_path / "refinement_state" / "refinement_state.json"}
+    made = {"interference": interference(tmp_path / "interference"), "task_memory": task_memory(tmp_path / "memory")}
+    return copied | made | {"refinement_state": tmp_path / "refinement_state" / "refinement_state.json"}
 
 
 def refinement() -> Refiner:
@@ -126,6 +128,23 @@ def refinement() -> Refiner:
     model(torch.ones(3, 8)).sum().backward()
     refiner.after_step(1, None)
     return refiner
+
+
+def interference(folder: Path) -> Path:
+    """Write the report of a merge of two tasks, one of which leaves a module alone."""
+    meter = InterferenceMeter(tasks=("a", "b"))
+    one, other = (LowRankUpdate(torch.eye(3)[:2], torch.ones(4, 2), scaling) for scaling in (1.0, -0.5))
+    for name, updates in (("fc", (one, other)), ("out", (one, None))):
+        meter.add(ModuleUpdates(name=name, updates=updates, statistics=(None, None)), one)
+    return write_interference(meter.report(), folder)
+
+
+def task_memory(folder: Path) -> Path:
+    """Write what is kept of one task at two modules."""
+    memory = TaskMemory.empty({"fc": (4, 3), "out": (2, 3)})
+    statistics = ModuleStatistics(inputs=torch.diag(torch.tensor([4.0, 1.0, 0.0])))
+    write_task_memory(memory.after(dict.fromkeys(memory.modules, statistics)), folder)
+    return folder / "task_memory.json"
 
 
 # the schemas themselves
@@ -215,7 +234,9 @@ def test_a_refinement_s_state_follows_its_schema_and_its_history_that_of_histori
     assert content["processes"] == 1
 
 
-@pytest.mark.parametrize("name", ["profile", "plan", "training_state", "refinement_state", "stage"])
+@pytest.mark.parametrize(
+    "name", ["profile", "plan", "training_state", "refinement_state", "interference", "task_memory", "stage"]
+)
 def test_every_required_key_is_required_by_the_reader_too(name: str, artifacts: dict[str, Path]) -> None:
     path = artifacts[name]
     whole = load(path)
@@ -235,6 +256,19 @@ def test_costs_of_plan_and_profile_are_those_of_lora(run: RunConfig) -> None:
     for name, one in attached.items():
         assert one.cost_per_rank == plan.modules[name].cost_per_rank == profile.modules[name].cost_per_rank
     assert sum(one.num_parameters() for one in attached.values()) == plan.parameters
+
+
+def test_an_interference_report_follows_its_schema_with_and_without_scores(artifacts: dict[str, Path]) -> None:
+    content = load(artifacts["interference"])
+    validator("interference").validate(content)
+    scores = {"base": 0.5, "single": 0.9, "merged": 0.8}
+    validator("interference").validate({**content, "scores": {"a": scores, "b": scores}})
+
+
+def test_a_task_memory_follows_its_schema_before_and_after_a_task(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    validator("task_memory").validate(load(artifacts["task_memory"]))
+    write_task_memory(TaskMemory.empty({"fc": (4, 3)}), tmp_path / "empty")
+    validator("task_memory").validate(load(tmp_path / "empty" / "task_memory.json"))
 
 
 # values made by hand
@@ -357,6 +391,24 @@ def test_what_compose_writes_reads_alike_in_both_packages(ranks: dict[str, int],
         assert_both_read(Path(folder), {name: scaling * (b @ a) for name, (a, b) in made.items()})
 
 
+def test_what_compose_writes_of_other_layers_reads_alike_in_both_packages(tmp_path: Path) -> None:
+    a, b = factors({"fc": 2})["fc"]
+    conv = LowRankUpdate(a, b, 2.0, layout="conv", kernel=(3,))
+    offset = LowRankUpdate(torch.ones(1, 1), b[:, :1], -0.5, layout="vector")
+    write_adapter(AdapterState(updates={"conv": conv, "conv.bias": offset, "fc": LowRankUpdate(a, b)}), tmp_path)
+    validator("adapter_config").validate(load(tmp_path / "adapter_config.json"))
+    ours, theirs = read_checkpoint(tmp_path), read_adapter(tmp_path)
+    assert ours.factors.keys() == theirs.updates.keys() - {"conv.bias", "fc.bias"} == {"conv", "fc"}
+    for name, (rows, columns) in ours.factors.items():
+        delta = ours.scalings[name] * columns.flatten(1) @ rows.flatten(1)
+        torch.testing.assert_close(delta, theirs.updates[name].delta_weight())
+    assert theirs.updates["conv"].parameter_shape == (5, 2, 3)
+    torch.testing.assert_close(ours.bias_offsets["conv"], theirs.updates["conv.bias"].delta_weight().flatten())
+    write_adapter(AdapterState(updates={"emb": LowRankUpdate(a, b, layout="embedding")}), tmp_path / "embedding")
+    rows, columns = read_checkpoint(tmp_path / "embedding").factors["emb"]
+    torch.testing.assert_close(columns @ rows, read_adapter(tmp_path / "embedding").updates["emb"].delta_weight())
+
+
 def adapter_folder(folder: Path, **changes: Any) -> Path:  # noqa: ANN401 - JSON
     made = factors({"fc": 4, "out": 2})
     write_checkpoint(AdapterCheckpoint(factors=made, scalings={"fc": 2.0, "out": 2.0}), folder)
@@ -382,7 +434,7 @@ def test_an_option_that_changes_the_meaning_is_refused_by_schema_and_both_reader
 
 
 @pytest.mark.parametrize("key", WIDER)
-def test_an_option_that_is_no_plain_lora_is_not_composed(key: str, tmp_path: Path) -> None:
+def test_an_option_that_only_adapters_reads_is_not_composed(key: str, tmp_path: Path) -> None:
     folder = adapter_folder(tmp_path, **{key: WIDER[key]})
     validator("adapter_config").validate(load(folder / "adapter_config.json"))
     with pytest.raises(ValueError, match=rf"adapter must be plain LoRA, got .*{key}"):

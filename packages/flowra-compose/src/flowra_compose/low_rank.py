@@ -33,7 +33,7 @@ FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRankUpdate:
-    """The update of one module, ΔW = scaling · B A.
+    """The update of one module, ΔW = scaling · B A. With factors on the device ``meta`` it has all but values.
 
     Raises:
         ValueError: if the factors do not fit each other or the layout, are empty, not of a floating dtype or not
@@ -58,7 +58,8 @@ class LowRankUpdate:
             raise ValueError(f"lora_A and lora_B must be (r, n) and (m, r) without an empty side, got {shapes}")
         if a.dtype not in FACTOR_DTYPES or b.dtype not in FACTOR_DTYPES:
             raise ValueError(f"lora_A and lora_B must be float16, bfloat16, float32 or 64, got {a.dtype} and {b.dtype}")
-        if not (torch.isfinite(a).all() and torch.isfinite(b).all() and math.isfinite(self.scaling)):
+        outline = a.is_meta or b.is_meta  # shapes and dtypes without values
+        if not math.isfinite(self.scaling) or not (outline or (torch.isfinite(a).all() and torch.isfinite(b).all())):
             raise ValueError("lora_A, lora_B and scaling must be finite, got NaN or infinity")
         side = math.prod(self.kernel)
         fits = side > 0 and a.shape[1] % side == 0 if self.layout == "conv" else not self.kernel

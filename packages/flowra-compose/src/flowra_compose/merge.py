@@ -2,24 +2,25 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from flowra_compose.low_rank import AdapterState
+from flowra_compose.lazy_updates import outlines_of
+from flowra_compose.low_rank import AdapterState, LowRankUpdate
 from flowra_compose.merging import check_rule, merge_updates
+from flowra_compose.module_updates import Weight, check_weights, updated_modules
 from flowra_compose.options import MergeOptions
-from flowra_compose.peft_files import read_adapter, write_adapter
 from flowra_compose.statistics import ModuleStatistics
 from flowra_compose.truncation import Truncation
 
-__all__ = ["merge_adapters", "merge_folders"]
+__all__ = ["merge_adapters", "merged_frame"]
 
 
 def merge_adapters(
     adapters: Sequence[AdapterState],
-    weights: Sequence[float],
+    weights: Sequence[Weight],
     *,
     rule: str = "cat",
     options: MergeOptions | None = None,
@@ -31,7 +32,8 @@ def merge_adapters(
 
     Args:
         adapters: at least one. Ranks and target modules may differ; a module missing from one counts as ΔW = 0 there.
-        weights: one finite number for each adapter, of any sign, for its ΔW. An adapter of weight 0 adds no update.
+        weights: for each adapter one finite number of any sign for its ΔW, or one by the name of every module that it
+            updates, as :func:`learn_coefficients` finds them. An adapter of weight 0 adds no update.
         rule: a name in :data:`RULES`. ``cat`` is the exact weighted sum.
         options: of the rule.
         truncation: gives the result another rank; its updates then say what was lost (:class:`TruncatedUpdate`).
@@ -49,77 +51,58 @@ def merge_adapters(
             or if a merged factor does not fit its dtype.
     """
     labels = [f"adapters[{index}]" for index in range(len(adapters))]
-    return _merge(adapters, weights, labels, rule, options, truncation, statistics, heads_from)
+    frame = merged_frame(adapters, weights, labels, rule, options, truncation, heads_from)
+    updates = merge_updates(
+        [one.updates for one in adapters],
+        weights,
+        rule=rule,
+        options=options,
+        truncation=truncation,
+        statistics=statistics,
+    )
+    return replace(frame, updates=updates)
 
 
-def merge_folders(
-    folders: Sequence[str | Path],
-    weights: Sequence[float],
-    out: str | Path,
-    *,
-    rule: str = "cat",
-    options: MergeOptions | None = None,
-    truncation: Truncation | None = None,
-    statistics: Sequence[Mapping[str, ModuleStatistics]] | None = None,
-    heads_from: int | None = None,
-) -> AdapterState:
-    """Read adapters in PEFT's format, merge them, and write the result. See :func:`merge_adapters`.
-
-    Args:
-        folders: at least one folder.
-        weights: one for each folder.
-        out: folder to write, none of the inputs. Nothing is written unless the whole merge succeeds.
-        rule: as for :func:`merge_adapters`.
-        options: as for :func:`merge_adapters`.
-        truncation: as for :func:`merge_adapters`.
-        statistics: as for :func:`merge_adapters`.
-        heads_from: as for :func:`merge_adapters`.
-
-    Returns:
-        What was written.
-
-    Raises:
-        ValueError: if a folder is refused by :func:`flowra_compose.read_adapter`, ``out`` is one of them, or the
-            adapters cannot be merged.
-    """
-    if Path(out).resolve() in {Path(folder).resolve() for folder in folders}:
-        raise ValueError(f"out must be a folder of its own, got {out}, which is an input. Choose another.")
-    adapters = [read_adapter(folder) for folder in folders]
-    labels = [str(folder) for folder in folders]
-    merged = _merge(adapters, weights, labels, rule, options, truncation, statistics, heads_from)
-    write_adapter(merged, out)
-    return merged
-
-
-def _merge(
+def merged_frame(
     adapters: Sequence[AdapterState],
-    weights: Sequence[float],
+    weights: Sequence[Weight],
     labels: Sequence[str],
     rule: str,
     options: MergeOptions | None,
     truncation: Truncation | None,
-    statistics: Sequence[Mapping[str, ModuleStatistics]] | None,
     heads_from: int | None,
 ) -> AdapterState:
+    """Check that adapters can be merged, and return what they become but for the updates.
+
+    Args:
+        adapters: as for :func:`merge_adapters`; of updates that lie in files only the outlines are looked at.
+        weights: as for :func:`merge_adapters`.
+        labels: what to call each adapter in an error.
+        rule: as for :func:`merge_adapters`.
+        options: as for :func:`merge_adapters`.
+        truncation: as for :func:`merge_adapters`.
+        heads_from: as for :func:`merge_adapters`.
+
+    Returns:
+        An adapter whose updates are of the right names and shapes, and of no meaning.
+
+    Raises:
+        ValueError: as for :func:`merge_adapters`.
+    """
     check_rule(rule, options or MergeOptions(), truncation)
     if not adapters or len(weights) != len(adapters):
         raise ValueError(f"weights must be one for each adapter, at least one, got {len(weights)} for {len(adapters)}")
     infinite = [f"{weight} for {label}" for weight, label in zip(weights, labels, strict=True) if not _finite(weight)]
     if infinite:
         raise ValueError(f"weights must be finite numbers, got {', '.join(infinite)}")
-    _check_shapes(adapters, labels)
+    updates = [one.updates for one in adapters]
+    check_weights(updates, weights)
+    outlines = _checked_outlines(updates, labels)
     source = _heads_source(adapters, labels, heads_from)
     bases = [one.base_model_name_or_path for one in adapters]
     task_types = [one.task_type for one in adapters]
     return AdapterState(
-        updates=merge_updates(
-            [one.updates for one in adapters],
-            weights,
-            rule=rule,
-            options=options,
-            truncation=truncation,
-            statistics=statistics,
-        ),
+        updates={name: outlines[name] for name in updated_modules(updates, weights)},
         modules_to_save={} if source is None else adapters[source].modules_to_save,
         trained_modules=() if source is None else adapters[source].trained_modules,
         base_model_name_or_path=_agreed(bases, labels, "base_model_name_or_path"),
@@ -128,25 +111,31 @@ def _merge(
     )
 
 
-def _finite(weight: float) -> bool:
-    return isinstance(weight, int | float) and math.isfinite(weight)
+def _finite(weight: Weight) -> bool:
+    numbers = weight.values() if isinstance(weight, Mapping) else [weight]
+    return all(isinstance(one, int | float) and math.isfinite(one) for one in numbers)
 
 
-def _check_shapes(adapters: Sequence[AdapterState], labels: Sequence[str]) -> None:
-    seen: dict[str, tuple[str, str]] = {}
-    problems = []
-    for one, label in zip(adapters, labels, strict=True):
-        for name, update in one.updates.items():
-            form = f"{update.layout} {update.parameter_shape}"
-            known, first = seen.setdefault(name, (form, label))
-            if form != known:
-                problems.append(f"{known} in {first} and {form} in {label} for {name!r}")
+def _checked_outlines(
+    updates: Sequence[Mapping[str, LowRankUpdate]], labels: Sequence[str]
+) -> dict[str, LowRankUpdate]:
+    """Return an update of each name, for its shape, after a check that all of that name agree in it."""
+    seen: dict[str, tuple[LowRankUpdate, str]] = {}
+    problems, devices = [], set()
+    for one, label in zip(updates, labels, strict=True):
+        outlines = outlines_of(one)
+        for name, update in outlines.items():
+            known, first = seen.setdefault(name, (update, label))
+            if (known.layout, known.parameter_shape) != (update.layout, update.parameter_shape):
+                forms = [f"{each.layout} {each.parameter_shape}" for each in (known, update)]
+                problems.append(f"{forms[0]} in {first} and {forms[1]} in {label} for {name!r}")
+            factors = (update.lora_A, update.lora_B) if outlines is one else ()
+            devices |= {str(factor.device) for factor in factors} or {"cpu"}
     if problems:
         raise ValueError(f"adapters must agree on the shape of a module, got {'; '.join(problems)}")
-    updates = [update for one in adapters for update in one.updates.values()]
-    devices = sorted({str(factor.device) for update in updates for factor in (update.lora_A, update.lora_B)})
     if len(devices) > 1:
-        raise ValueError(f"adapters must be on one device, got {devices}. Move them first.")
+        raise ValueError(f"adapters must be on one device, got {sorted(devices)}. Move them first.")
+    return {name: update for name, (update, _) in seen.items()}
 
 
 def _heads_source(adapters: Sequence[AdapterState], labels: Sequence[str], heads_from: int | None) -> int | None:

@@ -1,6 +1,6 @@
 """What a rule of composition sees: the updates of one module by all tasks, weights included."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,7 +9,10 @@ from torch import Tensor
 from flowra_compose.low_rank import LowRankUpdate
 from flowra_compose.statistics import ModuleStatistics
 
-__all__ = ["ModuleUpdates", "modules_of"]
+__all__ = ["ModuleUpdates", "Weight", "check_weights", "modules_of", "updated_modules"]
+
+Weight = float | Mapping[str, float]
+"""Of one task: a number, or one for each module that it updates."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -79,30 +82,65 @@ class ModuleUpdates:
         return replace(update, lora_A=a, lora_B=b)
 
 
+def check_weights(updates: Sequence[Mapping[str, LowRankUpdate]], weights: Sequence[Weight]) -> None:
+    """Refuse weights by module that do not name the modules of their task.
+
+    Raises:
+        ValueError: if one is missing or unknown.
+    """
+    for task, (one, weight) in enumerate(zip(updates, weights, strict=True)):
+        if isinstance(weight, Mapping) and weight.keys() != one.keys():
+            lacking, unknown = sorted(one.keys() - weight.keys()), sorted(weight.keys() - one.keys())
+            raise ValueError(
+                "weights by module must name the modules that their task updates,"
+                f" got none for {lacking} and one for unknown {unknown}; of task {task}"
+            )
+
+
+def updated_modules(updates: Sequence[Mapping[str, LowRankUpdate]], weights: Sequence[Weight]) -> list[str]:
+    """Return the names of the modules that a task updates with a weight that is not 0, sorted."""
+    tasks = zip(updates, weights, strict=True)
+    return sorted({name for one, weight in tasks for name in one if _at(weight, name) != 0})
+
+
 def modules_of(
     updates: Sequence[Mapping[str, LowRankUpdate]],
-    weights: Sequence[float],
+    weights: Sequence[Weight],
     statistics: Sequence[Mapping[str, ModuleStatistics]] | None = None,
+    *,
+    done: Collection[str] = (),
 ) -> Iterator[ModuleUpdates]:
     """Go through the modules, sorted by name; each update is asked for once, when its module's turn comes.
 
     Args:
         updates: one mapping from module name to update for each task.
-        weights: one for each task; a task of weight 0 takes no part.
+        weights: one for each task; a task of weight 0 takes no part, and where its weight is 0 at some modules only, it
+            leaves those alone.
         statistics: one mapping from module name to statistics for each task.
+        done: names to leave out.
 
     Yields:
-        Each module that a task of non-zero weight updates.
+        Each module that a task updates with a weight that is not 0.
     """
     known = statistics or [{} for _ in updates]
-    tasks = [task for task in zip(weights, updates, known, strict=True) if task[0] != 0]
-    for name in sorted({name for _, one, _ in tasks for name in one}):
+    tasks = [task for task in zip(weights, updates, known, strict=True) if _takes_part(task[0])]
+    for name in updated_modules(updates, weights):
+        if name in done:
+            continue
         yield ModuleUpdates(
             name=name,
-            updates=tuple(_weighted(weight, one[name]) if name in one else None for weight, one, _ in tasks),
+            updates=tuple(_weighted(_at(weight, name), one[name]) if name in one else None for weight, one, _ in tasks),
             statistics=tuple(each.get(name) for _, _, each in tasks),
         )
 
 
-def _weighted(weight: float, update: LowRankUpdate) -> LowRankUpdate:
-    return replace(update, scaling=weight * update.scaling)
+def _at(weight: Weight, name: str) -> float:
+    return weight[name] if isinstance(weight, Mapping) else weight
+
+
+def _takes_part(weight: Weight) -> bool:
+    return any(weight.values()) if isinstance(weight, Mapping) else weight != 0
+
+
+def _weighted(weight: float, update: LowRankUpdate) -> LowRankUpdate | None:
+    return replace(update, scaling=weight * update.scaling) if weight else None

@@ -1,8 +1,12 @@
 """What is known of a task at one module, beside its update: the second moments that the update meets there.
 
 They come as plain matrices, from whatever measured them on the task's own model (base and adapter) and inputs of the
-task; labels are not needed. C is a mean over tokens and S over examples, or both of anything else: the rules that use
-them do not ask for their scale.
+task; labels are not needed. C is a mean over tokens and S over examples, or both of anything else: a factor common to
+all tasks changes nothing. Between tasks, the one of larger moments weighs more: of two losses in nats, that which feels
+a change more. To weigh tasks alike, divide C and S by their traces.
+
+A task that leaves a module alone but has statistics there asks rules to leave its outputs as they are (τᵢ = 0); without
+statistics it asks for nothing.
 """
 
 from dataclasses import dataclass
@@ -18,7 +22,7 @@ class ModuleStatistics:
     """Second moments of one module under one task.
 
     Raises:
-        ValueError: if a matrix is not square or not finite.
+        ValueError: if a matrix is not square, not finite, or has a diagonal below 0.
     """
 
     inputs: Tensor | None = None
@@ -35,3 +39,8 @@ class ModuleStatistics:
         for name, values in (("inputs", self.inputs), ("outputs", self.outputs), ("fisher", self.fisher)):
             if values is not None and not torch.isfinite(values).all():
                 raise ValueError(f"{name} must be finite, got NaN or infinity")
+        for name, moment in (("inputs", self.inputs), ("outputs", self.outputs)):
+            if moment is not None and bool(((moment if moment.ndim == 1 else moment.diagonal()) < 0).any()):
+                raise ValueError(f"{name} must have a diagonal ≥ 0, as second moments do, got one below 0")
+        if self.fisher is not None and bool((self.fisher < 0).any()):
+            raise ValueError(f"fisher must be ≥ 0, got {float(self.fisher.min())}")
