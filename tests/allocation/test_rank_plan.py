@@ -190,6 +190,7 @@ WRONG_VALUES = {
     "gains_nan": _put(*MODULE, "gains", value=[float("nan")]),
     "scaling_null": _put("scaling", value=None),
     "scaling_infinite": _put("scaling", value=float("inf")),
+    "scaling_beyond_floats": _put("scaling", value=10**400),
     "threshold_text": _put("sensitivity_threshold", value="low"),
     "budget_float": _put("budget", value=70.5),
     "edge_text": _put("last_in", value="abc"),
