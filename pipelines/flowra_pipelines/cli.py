@@ -1,7 +1,5 @@
 """The ``flowra`` command. Heavy imports happen inside the commands, so that ``--help`` is instant."""
 
-import logging
-import os
 import shlex
 import sys
 from importlib.resources import files
@@ -10,8 +8,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from flowra_pipelines import config_commands, plan_commands, profile_commands
+from flowra_pipelines import config_commands, merge_commands, plan_commands, profile_commands
 from flowra_pipelines.errors import explain
+from flowra_pipelines.one_stage import quiet, run_one_stage
 
 __all__ = ["app", "main"]
 
@@ -50,8 +49,14 @@ def run(
 ) -> None:
     """Run all stages: calibrate, allocate, train, refine, merge, evaluate.
 
-    Stages whose inputs have not changed are reused, so the same command continues a run that was interrupted.
+    With `tasks` in the file, each task is such a run; then they become one adapter, and each is evaluated on it. Stages
+    whose inputs have not changed are reused, so the same command continues a run that was interrupted.
     """
+    from flowra_pipelines.composition_config import is_composition
+
+    if is_composition(config):
+        _run_tasks(config, overrides, dry_run=dry_run, prefect=prefect, force=force)
+        return
     _run(config, overrides, dry_run=dry_run, prefect=prefect, force=force, command=["flowra", "run", str(config)])
 
 
@@ -87,39 +92,39 @@ def calibrate(
     With --validate also validation.json: how the estimators' order agrees with the loss that each module's rank really
     saves, by leaving it out of the trained probe, and for some modules by training without and alone.
     """
-    _stage("calibrate", config, overrides, force)
+    run_one_stage("calibrate", config, overrides, force)
     if validate:
-        _stage("validate", config, overrides, force)
+        run_one_stage("validate", config, overrides, force)
 
 
 @app.command()
 def allocate(config: Config, overrides: Overrides = None, force: Force = False) -> None:
     """Turn the profile and the budget into ranks: writes the plan."""
-    _stage("allocate", config, overrides, force)
+    run_one_stage("allocate", config, overrides, force)
 
 
 @app.command()
 def train(config: Config, overrides: Overrides = None, force: Force = False) -> None:
     """Train on from the probe's kept directions at the planned ranks."""
-    _stage("train", config, overrides, force)
+    run_one_stage("train", config, overrides, force)
 
 
 @app.command()
 def refine(config: Config, overrides: Overrides = None, force: Force = False) -> None:
     """Go on training while rank moves between modules, then freezes."""
-    _stage("refine", config, overrides, force)
+    run_one_stage("refine", config, overrides, force)
 
 
-@app.command()
-def merge(config: Config, overrides: Overrides = None, force: Force = False) -> None:
-    """Put the adapter into the base, check the logits, and write what PEFT and vLLM read."""
-    _stage("merge", config, overrides, force)
+app.command(help=merge_commands.MERGE)(merge_commands.merge)
 
 
 @app.command()
 def evaluate(config: Config, overrides: Overrides = None, force: Force = False) -> None:
     """Score the adapter on held-out examples against its baselines, and print the table."""
-    _stage("evaluate", config, overrides, force)
+    run_one_stage("evaluate", config, overrides, force)
+
+
+app.command(help=merge_commands.STATISTICS)(merge_commands.statistics)
 
 
 @app.command()
@@ -131,7 +136,7 @@ def targets(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """List what in a model can be adapted, and what a unit of rank costs there; reads no weights."""
-    _quiet()
+    quiet()
     from flowra_pipelines.targets import show_targets
 
     show_targets(model, task, as_json=as_json)
@@ -169,7 +174,7 @@ def export(
     Scales are folded in, so that no reader can mis-scale it. What a reader would compute otherwise is refused with the
     reason. Exit code 1: the check failed, and nothing was written.
     """
-    _quiet()
+    quiet()
     from flowra_pipelines.export import show_export
     from flowra_pipelines.export_check import CheckFailed
 
@@ -242,7 +247,7 @@ def _run(
     from flowra_pipelines.run_config import load_config
 
     config = load_config(path, overrides or [])
-    _quiet()
+    quiet()
     if dry_run:
         from flowra_pipelines.dry_run import show_plan
 
@@ -273,49 +278,41 @@ def _run(
     show_results(config)
 
 
-def _stage(name: str, path: Path, overrides: list[str] | None, force: bool) -> None:
-    from flowra_pipelines.run_config import load_config
+def _run_tasks(path: Path, overrides: list[str] | None, *, dry_run: bool, prefect: bool, force: bool) -> None:
+    from flowra_pipelines.composition_config import load_composition
+    from flowra_pipelines.run_config import read_content
 
-    config = load_config(path, overrides or [])
-    _quiet()
-    from flowra_pipelines.stages.record import earlier_records
+    content = read_content(path, overrides or [])
+    config = load_composition(content)
+    quiet()
+    if dry_run:
+        from flowra_pipelines.dry_run import show_plan
+
+        for each in config.tasks.values():
+            show_plan(each.run)
+        return
+    from flowra_pipelines.composed_tasks import compose_tasks, run_task, show_composition
     from flowra_pipelines.stages.setting import check_inputs
-    from flowra_pipelines.stages.table import run_tracked
-    from flowra_pipelines.tracking import Tracker
 
-    earlier_records(name, config)  # before anything is written
-    check_inputs(config)
-    with Tracker(config) as tracker:
-        run_tracked(name, config, tracker, force=force)
-    if name == "evaluate":
-        from flowra_pipelines.results_table import show_results
+    for each in config.tasks.values():
+        check_inputs(each.run)  # all of them, before the first is trained
+    again = ["flowra", "run", str(path), *(part for key in overrides or [] for part in ("--set", key))]
+    try:
+        if prefect:
+            from flowra_pipelines.flows.composition import composition
 
-        show_results(config)
+            composition(content, force=force)
+        else:
+            from flowra_pipelines.tracking import Tracker
 
-
-def _quiet() -> None:
-    """Leave the screen to our own progress; set what a user has not, before the libraries are imported."""
-    defaults = {
-        "PREFECT_LOGGING_LEVEL": "CRITICAL",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-        "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
-        "DO_NOT_TRACK": "true",
-        "MLFLOW_LOGGING_LEVEL": "ERROR",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):  # they tell of kernels for other machines
-        logging.getLogger(name).setLevel(logging.ERROR)
-    import datasets
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    logging.getLogger("mlflow").setLevel(logging.ERROR)  # for an mlflow that was imported before
+            with Tracker(config) as tracker:
+                for name in config.tasks:
+                    run_task(config, name, tracker, force=force)
+                compose_tasks(config, tracker, force=force)
+    except KeyboardInterrupt:
+        typer.echo(f"Interrupted. Continue with: {shlex.join(again)}", err=True)
+        raise SystemExit(130) from None
+    show_composition(config)
 
 
 if __name__ == "__main__":

@@ -47,11 +47,12 @@ def build_policy(config: RunConfig) -> Policy | None:
                 metric=chosen.metric,
                 moves=chosen.moves,
                 initialisation=chosen.initialisation,
+                r_max=chosen.r_max,
                 # counted in directions, a full budget and layers of different sizes leave no exchange that fits
                 budget="params" if chosen.moves == "both" else "ranks",
             )
         case "flexlora_compat":
-            return FlexLoRACompat(schedule=_flexlora_schedule(config))
+            return FlexLoRACompat(schedule=_flexlora_schedule(config), optimizer_reset=chosen.optimizer_reset)
         case "none":
             return None
 
@@ -99,4 +100,5 @@ def _flexlora_schedule(config: RunConfig) -> FlexLoRASchedule:
         final=config.training.steps - config.refinement_freeze,
         interval=config.refinement.interval,
         b0=config.refinement.b0,
+        decay=config.refinement.decay,
     )

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from flowra_pipelines.errors import UserError
+from flowra_pipelines.merge_rules import MERGE_RULES, OPTIONS, RuleName
 
 __all__ = [
     "POLICY_KEYS",
@@ -24,12 +25,15 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "MergeConfig",
+    "MergeRuleConfig",
     "ModelConfig",
     "RefinementConfig",
     "RunConfig",
+    "Section",
     "TrackingConfig",
     "TrainingConfig",
     "ValidationConfig",
+    "explained",
     "load_config",
     "read_content",
 ]
@@ -51,8 +55,8 @@ POLICY_KEYS: Mapping[str, frozenset[str]] = {
     "none": frozenset({"start"}),
     "breathe": frozenset({"start", "freeze", "events", "observe", "share"}),
     "shrink": frozenset({"start", "freeze", "events", "observe", "measure", "kappa"}),
-    "flexlora": TRIPLET_KEYS | {"b0", "metric", "moves", "initialisation", "share"},
-    "flexlora_compat": TRIPLET_KEYS | {"b0"},
+    "flexlora": TRIPLET_KEYS | {"b0", "decay", "metric", "moves", "initialisation", "share", "r_max"},
+    "flexlora_compat": TRIPLET_KEYS | {"b0", "decay", "optimizer_reset"},
     "adalora": TRIPLET_KEYS | {"kappa"},
 }
 """What counts with each policy; another key of ``refinement`` is refused."""
@@ -260,6 +264,14 @@ class RefinementConfig(Section):
     b0: Annotated[int, Field(ge=1)] = 4
     """Modules that lose and gain a direction at the first event, fewer at later ones; for ``flexlora`` and
     ``flexlora_compat``."""
+    decay: Literal["cubic", "constant"] = "cubic"
+    """Whether their number falls to 0 or stays, as in the published launcher; for ``flexlora`` and
+    ``flexlora_compat``."""
+    r_max: Annotated[int, Field(ge=1)] | None = None
+    """Largest rank of a module, by default four times the largest at the start; for ``flexlora`` that expands."""
+    optimizer_reset: bool = False
+    """Whether optimisers forget what they know of the modules that moved, as the published code does where its guard
+    lets it; for ``flexlora_compat``."""
     metric: Literal["entropy", "nuclear", "frobenius", "sensitivity", "elem_energy", "mat_energy"] = "entropy"
     """What modules are compared by; for ``flexlora``."""
     moves: Literal["both", "prune", "expand"] = "both"
@@ -268,7 +280,7 @@ class RefinementConfig(Section):
     """What new directions are; for ``flexlora`` that expands."""
     back_end: Literal["resized", "masked"] = "resized"
     """``resized`` makes tensors anew, so that memory falls with the rank; ``masked`` keeps their shapes and masks what
-    has left; for ``flexlora``, ``flexlora_compat`` and ``adalora``."""
+    has left, until ranks are frozen; for ``flexlora``, ``flexlora_compat`` and ``adalora``."""
     orthogonality: Annotated[float, Field(ge=0)] = 0.1
     """Weight of the penalty that keeps directions near orthonormal; for ``flexlora``, ``flexlora_compat`` and
     ``adalora``. 0 switches it off."""
@@ -283,6 +295,7 @@ class RefinementConfig(Section):
         for key, other, value in (
             ("observe", "measure", "magnitude"),
             ("initialisation", "moves", "prune"),
+            ("r_max", "moves", "prune"),
             ("share", "moves", "prune"),
             ("share", "moves", "both"),
         ):
@@ -317,23 +330,80 @@ class ExtraAdapter(Section):
     """Folder in PEFT's format."""
     weight: float = 1.0
     """Factor of its update."""
+    statistics: str | None = None
+    """Folder that ``flowra statistics`` made of it; for rules that look at data (``flow``, ``regmean``, ``fisher``)."""
 
 
-class MergeConfig(Section):
-    """What the trained adapter is merged with, and how strictly the result is checked."""
+class MergeRuleConfig(Section):
+    """How updates become one, and of which size."""
+
+    rule: RuleName = "cat"
+    """``cat`` adds the updates exactly, ``flow`` keeps what every task needs; ``flowra merge --help`` lists all."""
+    density: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the entries of each update that is kept; for ``ties``, ``magnitude_prune`` and ``dare_…``."""
+    trim: Literal["global", "tensor"] | None = None
+    """Whether the largest entries are those of a whole adapter or of each module; for ``ties`` and
+    ``magnitude_prune``."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """Of what is dropped by chance; for ``dare_…``."""
+    common: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of the directions that is taken from the sum; for ``iso_cts``."""
+    shrinkage: Annotated[float, Field(ge=0, le=1)] | None = None
+    """How far second moments are drawn to something simpler; for ``flow`` and ``regmean``."""
+    examples: Annotated[int, Field(ge=8)] = 128
+    """Inputs of a task that its statistics are measured on, without labels; for rules that look at data."""
+    rank: Annotated[int, Field(ge=1)] | None = None
+    """Largest rank of a module; by default all that the rule gives."""
+    energy: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of each module's squared norm to keep; by default all."""
+    budget: str | int | None = None
+    """Adapter parameters of the result, as in ``budget`` of the run: the rank of each module follows."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What the rule must know of every task."""
+        return MERGE_RULES[self.rule].needs
+
+    @model_validator(mode="after")
+    def _options_of_the_rule(self) -> "MergeRuleConfig":
+        """Check that no option is without effect, and that none is missing."""
+        row, where = MERGE_RULES[self.rule], f"with merge.rule {self.rule}"
+        for key in OPTIONS:
+            if getattr(self, key) is not None and key not in row.options:
+                raise ValueError(f"merge.{key} has no effect {where}; it takes {', '.join(row.options) or 'no option'}")
+        if self.examples != type(self).model_fields["examples"].default and not row.needs:
+            raise ValueError(f"merge.examples has no effect {where}, which looks at no data")
+        shaping = [name for name in ("rank", "energy", "budget") if getattr(self, name) is not None]
+        if self.rule == "cat" and shaping:
+            raise ValueError(f"merge.{shaping[0]} has no effect with merge.rule cat; set merge.rule: truncated_svd")
+        if row.truncates and not shaping:
+            raise ValueError(f"merge.rank, merge.energy or merge.budget must be given {where}")
+        return self
+
+
+class MergeConfig(MergeRuleConfig):
+    """What the trained adapter is merged with, by which rule, and how strictly the result is checked."""
 
     extra: tuple[ExtraAdapter, ...] = ()
     """More adapters on the same base, to be merged with the trained one."""
-    rule: Literal["cat", "truncated_svd"] = "cat"
-    """``cat`` adds the updates exactly; ``truncated_svd`` keeps the leading directions of each module's sum."""
-    rank: Annotated[int, Field(ge=1)] | None = None
-    """Largest rank of a module; for ``truncated_svd``."""
-    energy: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Share of each module's squared norm to keep; for ``truncated_svd``."""
     tolerance: Annotated[float, Field(gt=0)] = 1e-4
     """Largest allowed difference between merged and unmerged logits, relative to the largest logit."""
     save_model: bool = True
     """Write the merged model, too (as large as the base)."""
+
+    @model_validator(mode="after")
+    def _statistics_of_extras(self) -> "MergeConfig":
+        """Check that others bring what the rule looks at, and nothing else."""
+        for index, each in enumerate(self.extra):
+            key = f"merge.extra[{index}].statistics"
+            if each.statistics is not None and not self.needs:
+                raise ValueError(f"{key} has no effect with merge.rule {self.rule}, which looks at no data")
+            if each.statistics is None and self.needs:
+                raise ValueError(
+                    f"{key} must be given with merge.rule {self.rule}, which looks at data; make it:"
+                    f" flowra statistics {each.path} --data FILE --out FOLDER"
+                )
+        return self
 
 
 class EvaluationConfig(Section):
@@ -408,11 +478,6 @@ class RunConfig(Section):
             raise ValueError("data.test_split has no effect without data.test")
         if self.data.test is not None and "test_fraction" in self.data.model_fields_set:
             raise ValueError("data.test_fraction has no effect with data.test")
-        shaping = [name for name in ("rank", "energy") if getattr(self.merge, name) is not None]
-        if self.merge.rule == "cat" and shaping:
-            raise ValueError(f"merge.{shaping[0]} has no effect with merge.rule cat; set merge.rule: truncated_svd")
-        if self.merge.rule == "truncated_svd" and not shaping:
-            raise ValueError("merge.rank or merge.energy must be given with merge.rule truncated_svd")
         if self.calibration.labels == "model" and {"gradient", "kfac_gradient"} & set(self.calibration.estimators):
             raise ValueError(
                 "calibration.estimators must be without gradient and kfac_gradient with calibration.labels model: the"
@@ -493,8 +558,13 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     try:
         return RunConfig.model_validate(read_content(source, overrides))
     except ValidationError as error:
-        lines = dict.fromkeys(_explain(dict(problem)) for problem in error.errors() if not _said_before(problem["loc"]))
-        raise UserError("; ".join(lines) + f"; in {where}") from None
+        raise UserError(f"{explained(error)}; in {where}") from None
+
+
+def explained(error: ValidationError) -> str:
+    """Say all that is wrong, in one line."""
+    lines = dict.fromkeys(_explain(dict(problem)) for problem in error.errors() if not _said_before(problem["loc"]))
+    return "; ".join(lines)
 
 
 def read_content(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:

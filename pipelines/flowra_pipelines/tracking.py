@@ -9,16 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from flowra_pipelines.databases import put_database, sqlite_file
-from flowra_pipelines.run_config import RunConfig
+from flowra_pipelines.run_config import TrackingConfig
 from flowra_pipelines.stages.record import StageRecord, StageResult
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["Tracker", "open_tracking"]
+__all__ = ["Tracked", "Tracker", "open_tracking"]
 
 # Before mlflow is imported.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -29,7 +29,30 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 MAX_PARAMETER = 500
 
 
-def open_tracking(config: RunConfig) -> "MlflowClient":
+class Tracked(Protocol):
+    """What can be tracked: the configuration of a run, or of tasks that are composed."""
+
+    @property
+    def name(self) -> str:
+        """Of the parent run."""
+
+    @property
+    def output_root(self) -> str:
+        """Folder of all runs."""
+
+    @property
+    def tracking(self) -> TrackingConfig:
+        """Where to."""
+
+    @property
+    def tracking_uri(self) -> str:
+        """MLflow tracking URI."""
+
+    def model_dump(self, *, mode: Literal["json"]) -> dict[str, Any]:
+        """Return all keys."""
+
+
+def open_tracking(config: Tracked) -> "MlflowClient":
     """Open the store of a run's tracking URI; a sqlite file that is not there is made first.
 
     Args:
@@ -56,16 +79,19 @@ class Tracker:
     Args:
         config: of the run; its tracking URI and experiment are used.
         parent_run_id: to continue; by default a new parent run is opened.
+        under: run of which the new parent run is a child itself.
     """
 
-    def __init__(self, config: RunConfig, *, parent_run_id: str | None = None) -> None:
+    def __init__(self, config: Tracked, *, parent_run_id: str | None = None, under: str | None = None) -> None:
         from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
         self._parent_tag = MLFLOW_PARENT_RUN_ID
         self._client = open_tracking(config)
         self.experiment_id = self._experiment(config)
         if parent_run_id is None:
-            parent_run_id = self._client.create_run(self.experiment_id, run_name=config.name).info.run_id
+            tags = {} if under is None else {self._parent_tag: under}
+            made = self._client.create_run(self.experiment_id, run_name=config.name, tags=tags)
+            parent_run_id = made.info.run_id
             self._log_parameters(parent_run_id, _flat(config.model_dump(mode="json")))
             self._client.log_dict(parent_run_id, config.model_dump(mode="json"), "config.json")
         self.parent_run_id = str(parent_run_id)
@@ -113,7 +139,7 @@ class Tracker:
         """End the parent run."""
         self._client.set_terminated(self.parent_run_id, "FINISHED" if error is None else "FAILED")
 
-    def _experiment(self, config: RunConfig) -> str:
+    def _experiment(self, config: Tracked) -> str:
         existing = self._client.get_experiment_by_name(config.tracking.experiment)
         if existing is not None:
             return str(existing.experiment_id)

@@ -31,12 +31,15 @@ from torch import Tensor, nn
 
 from flowra_allocation import read_plan
 from flowra_analysis import read_profile, write_profile
+from flowra_compose import read_adapter
 from flowra_pipelines import plots, refinement_figures
 from flowra_pipelines.errors import UserError
+from flowra_pipelines.merge_rules import MERGE_RULES
 from flowra_pipelines.run_config import RunConfig, load_config
 from flowra_pipelines.stages.calibrate import read_grams
 from flowra_pipelines.stages.record import STAGES, StageResult, read_record, run_stage
 from flowra_pipelines.stages.table import WORK
+from flowra_pipelines.task_statistics import MeasureSettings, measure_run
 from flowra_pipelines.tasks import SequenceClassification
 from flowra_pipelines.tracking import Tracker
 from flowra_testing.tiny_runs import BAD, FILLER, GOOD, write_tiny_bert, write_tiny_llama
@@ -180,7 +183,7 @@ def files_to_train_on(run: Run) -> set[str]:
 
 
 def kinds_of_updates(run: Run) -> set[str]:
-    sites = run.read("refine/adapter/flowra_config.json")["sites"]
+    sites = run.read("train/adapter/flowra_config.json")["sites"]
     return {site["method"] for site in sites.values()}
 
 
@@ -292,6 +295,7 @@ class Row:
 
 ALONE = {"evaluation.baselines": []}
 EXTRA = {"merge.extra": [{"path": "first"}]}
+FLOW = {"merge.rule": "flow", "merge.extra": [{"path": "first", "statistics": "first-statistics"}]}
 NO_EFFECT = "no effect"
 LANGUAGE = {"model.path": "llama", "model.task": "causal_lm", "evaluation.baselines": ["base"]}
 
@@ -312,6 +316,7 @@ IN_FLEXLORA: dict[str, Any] = {
     "without": OF_BREATHE,
     "prepare": rank_to_exchange,
 }
+IN_COMPAT: dict[str, Any] = IN_FLEXLORA | {"beside": {**FLEXLORA, "refinement.policy": "flexlora_compat"}}
 
 ROWS = (
     Row("name", "another", folders_of_runs),
@@ -441,6 +446,14 @@ ROWS = (
     Row("refinement.kappa", 1.3, planned_ranks, stages=("allocate",), beside=SHRINK, without=("refinement.share",)),
     Row("refinement.interval", 3, steps_of_events, **IN_FLEXLORA),
     Row("refinement.b0", 1, directions_dropped, **IN_FLEXLORA),
+    Row(
+        "refinement.decay",
+        "constant",
+        steps_of_events,
+        **IN_FLEXLORA | {"beside": {**FLEXLORA, "refinement.interval": 1, "refinement.b0": 1}},
+    ),
+    Row("refinement.r_max", 1, refined, **IN_FLEXLORA),
+    Row("refinement.optimizer_reset", True, refined, **IN_COMPAT),
     Row("refinement.metric", "nuclear", scores_of_modules, **IN_FLEXLORA),
     Row("refinement.metric", "frobenius", scores_of_modules, **IN_FLEXLORA),
     Row("refinement.metric", "sensitivity", scores_of_modules, **IN_FLEXLORA),
@@ -457,6 +470,9 @@ ROWS = (
     Row("merge.extra", [{"path": "first"}], merged, stages=("merge",)),
     Row("merge.extra[].path", "second", merged, stages=("merge",), beside=EXTRA),
     Row("merge.extra[].weight", 0.5, merged, stages=("merge",), beside=EXTRA),
+    Row("merge.extra[].statistics", "first-again", merged, stages=("merge",), beside=FLOW),
+    Row("merge.rule", "cat", merged, stages=("merge",), beside={**EXTRA, "merge.rule": "ties"}),
+    Row("merge.rule", "task_arithmetic", merged, stages=("merge",), beside={**EXTRA, "merge.rule": "ties"}),
     Row(
         "merge.rule",
         "truncated_svd",
@@ -465,6 +481,29 @@ ROWS = (
         beside={"merge.extra": [{"path": "last"}]},  # the run's own, so that the sum has the rank of one
         along={"merge.rank": 64},
     ),
+    *(
+        Row("merge.rule", name, merged, stages=("merge",), beside=EXTRA)
+        for name, text in MERGE_RULES.items()
+        if name not in {"cat", "task_arithmetic"} and not text.needs and not text.truncates
+    ),
+    *(
+        Row("merge.rule", name, merged, stages=("merge",), beside=EXTRA, along={"merge.extra": FLOW["merge.extra"]})
+        for name, text in MERGE_RULES.items()
+        if text.needs
+    ),
+    Row("merge.density", 0.5, merged, stages=("merge",), beside={**EXTRA, "merge.rule": "ties"}),
+    Row("merge.trim", "tensor", merged, stages=("merge",), beside={**EXTRA, "merge.rule": "ties"}),
+    Row(
+        "merge.trim",
+        "global",
+        merged,
+        stages=("merge",),
+        beside={**EXTRA, "merge.rule": "ties", "merge.trim": "tensor"},
+    ),
+    Row("merge.seed", 1, merged, stages=("merge",), beside={**EXTRA, "merge.rule": "dare_linear"}),
+    Row("merge.common", 0.1, merged, stages=("merge",), beside={**EXTRA, "merge.rule": "iso_cts"}),
+    Row("merge.shrinkage", 0.5, merged, stages=("merge",), beside=FLOW),
+    Row("merge.examples", 16, merged, stages=("merge",), beside=FLOW),
     Row(
         "merge.rank",
         1,
@@ -478,6 +517,13 @@ ROWS = (
         partial(ranks, "merge"),
         stages=("merge",),
         beside={**EXTRA, "merge.rule": "truncated_svd", "merge.energy": 1.0},
+    ),
+    Row(
+        "merge.budget",
+        300,
+        partial(ranks, "merge"),
+        stages=("merge",),
+        beside={**EXTRA, "merge.rule": "truncated_svd", "merge.budget": "2k"},
     ),
     Row("merge.tolerance", 1e-12, refused="merged logits must equal unmerged ones within 1e-12", stages=("merge",)),
     Row("merge.save_model", False, merged_model, stages=("merge",)),
@@ -518,6 +564,14 @@ ROWS = (
     Row("training.head_learning_rate", 0.05, refused=NO_EFFECT, stages=(), beside=LANGUAGE),
     Row("merge.rank", 1, refused=NO_EFFECT, stages=()),
     Row("merge.energy", 0.5, refused=NO_EFFECT, stages=()),
+    Row("merge.budget", 300, refused=NO_EFFECT, stages=()),
+    Row("merge.density", 0.5, refused=NO_EFFECT, stages=()),
+    Row("merge.trim", "tensor", refused=NO_EFFECT, stages=(), beside={"merge.rule": "orth"}),
+    Row("merge.seed", 1, refused=NO_EFFECT, stages=(), beside={"merge.rule": "ties"}),
+    Row("merge.common", 0.5, refused=NO_EFFECT, stages=(), beside={"merge.rule": "iso_c"}),
+    Row("merge.shrinkage", 0.5, refused=NO_EFFECT, stages=()),
+    Row("merge.examples", 64, refused=NO_EFFECT, stages=()),
+    Row("merge.extra[].statistics", "first-statistics", refused=NO_EFFECT, stages=(), beside=EXTRA),
 )
 
 
@@ -668,6 +722,14 @@ def write_inputs() -> None:
         write_texts(Path(f"{name}.csv"), rows=rows, seed=seed)
 
 
+def measure_first() -> None:
+    """Measure what rules need of the adapter in ``first``, twice."""
+    config, modules = load_config(nested(BASE)), read_adapter("first").updates
+    for folder, seed in (("first-statistics", 0), ("first-again", 1)):
+        settings = MeasureSettings(examples=24, seed=seed, fisher=True)
+        measure_run(config, Path("first"), Path(folder), names=modules, settings=settings)
+
+
 def unlogged(result: StageResult, folder: Path) -> None:
     return None
 
@@ -693,6 +755,7 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 database.execute("update experiments set name = 'older' where name = 'flowra'")
             for name, stage in {"first": "train", "second": "calibrate", "last": "refine"}.items():
                 shutil.copytree(Path("runs", "tiny", stage, "adapter"), name)
+            measure_first()
         gc.collect()
         gc.freeze()  # the trainer collects garbage after each phase: leave it little to look through
         yield folder

@@ -51,7 +51,10 @@ def stage_task(name: str, config: dict[str, Any], parent_run_id: str, force: boo
 
 @flow(name="fine-tuning", persist_result=False, result_serializer="json")
 def fine_tuning(
-    config: str | dict[str, Any], overrides: tuple[str, ...] = (), force: bool = False
+    config: str | dict[str, Any],
+    overrides: tuple[str, ...] = (),
+    force: bool = False,
+    under: str | None = None,
 ) -> list[dict[str, Any]]:
     """Calibrate, allocate, train, refine, merge, evaluate.
 
@@ -60,6 +63,7 @@ def fine_tuning(
             directory: for a deployment, the folder in which it was deployed.
         overrides: keys to change, such as ``training.steps=400``.
         force: run every stage even if its artifacts are up to date.
+        under: tracking run of which this one is a child, where it is a part of something larger.
 
     Returns:
         For each stage its folder, tracking run and time.
@@ -78,7 +82,7 @@ def fine_tuning(
 
     try:
         check_inputs(settings)
-        with Tracker(settings) as tracker:
+        with Tracker(settings, under=under) as tracker:
             done = [
                 stage_task.with_options(name=name, task_run_name=name)(name, content, tracker.parent_run_id, force)
                 for name in STAGES

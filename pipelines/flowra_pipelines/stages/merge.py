@@ -1,6 +1,7 @@
 """merge: put the adapter into the base, check the logits, and write what others read."""
 
 import json
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -9,11 +10,20 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from flowra_adapters import detach, load_adapter, merge, unmerge
-from flowra_compose import AdapterState, TruncatedUpdate, Truncation, merge_folders
+from flowra_compose import MergedFolder, MergeOptions, ModuleStatistics, merge_folders, read_adapter
+from flowra_pipelines.composition import check_provenance, truncation_of
 from flowra_pipelines.errors import UserError
+from flowra_pipelines.merge_rules import OPTIONS
 from flowra_pipelines.run_config import RunConfig
 from flowra_pipelines.stages.record import StageResult
 from flowra_pipelines.stages.setting import Setting, base_model, load_setting, lora_layers
+from flowra_pipelines.statistics_files import read_task_statistics
+from flowra_pipelines.task_statistics import (
+    MeasureSettings,
+    adapted_run,
+    measure_task_statistics,
+    statistics_batches,
+)
 
 __all__ = ["merge_stage"]
 
@@ -27,14 +37,25 @@ def merge_stage(config: RunConfig, folder: Path) -> StageResult:
     weights = [1.0, *(each.weight for each in config.merge.extra)]
     model = base_model(config, setting)
     own_head = 0 if setting.task.heads(model) else None
+    chosen = config.merge
     try:
+        inputs = [read_adapter(source, base=model.get_parameter) for source in sources]
         merged = merge_folders(
             sources,
             weights,
             folder / "adapter",
-            rule=config.merge.rule,
-            truncation=_truncation(config),
+            rule=chosen.rule,
+            options=MergeOptions(**{key: getattr(chosen, key) for key in OPTIONS}),
+            truncation=truncation_of(
+                rank=chosen.rank,
+                energy=chosen.energy,
+                budget=chosen.budget,
+                inputs=inputs,
+                base_parameters=sum(parameter.numel() for parameter in _of_the_base(model, setting)),
+            ),
+            statistics=_statistics(config, Path(sources[0]), {name for one in inputs for name in one.updates}),
             heads_from=own_head,
+            base=model.get_parameter,
         )
         load_adapter(model, folder / "adapter")
     except ValueError as error:
@@ -59,17 +80,35 @@ def merge_stage(config: RunConfig, folder: Path) -> StageResult:
     )
 
 
-def _truncation(config: RunConfig) -> Truncation | None:
-    rank, energy = config.merge.rank, config.merge.energy
-    return None if rank is None and energy is None else Truncation(rank=rank, energy=energy)
+def _statistics(config: RunConfig, own: Path, names: Collection[str]) -> list[Mapping[str, ModuleStatistics]] | None:
+    """Measure the run's own task on its training texts, and read what others bring; None for a rule without."""
+    needs = config.merge.needs
+    if not needs:
+        return None
+    others = [Path(each.path) for each in config.merge.extra]
+    known = [read_task_statistics(each.statistics) for each in config.merge.extra if each.statistics is not None]
+    check_provenance(known, others)
+    adapted, examples = adapted_run(config, own)
+    settings = MeasureSettings(examples=config.merge.examples, seed=config.seed, fisher="fisher" in needs)
+    batches = statistics_batches(adapted, examples, settings)
+    measured = measure_task_statistics(
+        adapted.model, adapted.task, batches, sorted(names), settings=settings, description="merge: statistics"
+    )
+    return [measured, *known]
 
 
-def _loss(merged: AdapterState) -> dict[str, str]:
+def _of_the_base(model: PreTrainedModel, setting: Setting) -> Iterator[nn.Parameter]:
+    """Go through the parameters that are not heads'."""
+    heads = tuple(f"{head}." for head in setting.task.heads(model))
+    return (parameter for name, parameter in model.named_parameters() if not name.startswith(heads))
+
+
+def _loss(merged: MergedFolder) -> dict[str, str]:
     """Say what a truncation lost, and where most."""
-    lost = {name: each.relative_loss for name, each in merged.updates.items() if isinstance(each, TruncatedUpdate)}
+    lost = merged.relative_losses
     if not lost:
         return {}
-    worst = max(lost, key=lost.__getitem__)
+    worst = max(lost, key=lambda name: lost[name])
     return {"truncated": f"at most {lost[worst]:.2%} of a module's squared norm was lost, at {worst}"}
 
 

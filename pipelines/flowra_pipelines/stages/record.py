@@ -23,7 +23,16 @@ from flowra_pipelines.run_config import RunConfig
 from flowra_pipelines.same_budget import number_of_same
 from flowra_pipelines.sources import content_hash, resolve
 
-__all__ = ["STAGES", "StageRecord", "StageResult", "earlier_records", "read_record", "run_stage"]
+__all__ = [
+    "STAGES",
+    "StageRecord",
+    "StageResult",
+    "code_hash",
+    "earlier_records",
+    "read_record",
+    "run_once",
+    "run_stage",
+]
 
 RECORD = "stage.json"
 FORMAT_VERSION = 2
@@ -99,26 +108,57 @@ def run_stage(
     Raises:
         UserError: if a stage before it has not run.
     """
-    final = config.folder / name
     reads = _reads(config)
     fingerprint = _fingerprint(name, config, reads)
+    return run_once(
+        config.folder / name,
+        lambda partial: work(config, partial),
+        reads=reads[name],
+        fingerprint=fingerprint,
+        log=log,
+        force=force,
+    )
+
+
+def run_once(
+    final: Path,
+    work: Callable[[Path], StageResult],
+    *,
+    reads: str,
+    fingerprint: str,
+    log: Callable[[StageResult, Path], str | None],
+    force: bool = False,
+) -> tuple[StageRecord, bool]:
+    """Fill a folder, or reuse it if it was filled from the same; it is called by its name only when it is whole.
+
+    Args:
+        final: the folder, called like the stage.
+        work: given the folder to fill.
+        reads: hash of what the stage and those before it read.
+        fingerprint: hash of everything that decides what it makes.
+        log: given the result and the folder, logs them and returns a tracking run id.
+        force: run even if the artifacts are there.
+
+    Returns:
+        The record, and whether it was reused.
+    """
     if not force and final.is_dir():
         record = read_record(final)
         if record is not None and record.fingerprint == fingerprint and record.artifacts == _hashes(final):
             return record, True
-    partial = config.folder / f"{name}.partial"
+    partial = final.with_name(f"{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         started = time.perf_counter()
-        result = work(config, partial)
+        result = work(partial)
         for title, figure in result.figures.items():
             figure.savefig(partial / f"{title}.png", dpi=120, metadata={"Software": None})
         seconds = time.perf_counter() - started
         artifacts = _hashes(partial)
         record = StageRecord(
-            stage=name,
-            reads=reads[name],
+            stage=final.name,
+            reads=reads,
             fingerprint=fingerprint,
             artifacts=artifacts,
             seconds=seconds,
@@ -168,8 +208,11 @@ def _before(name: str) -> tuple[str, ...]:
 def _reads(config: RunConfig) -> dict[str, str]:
     """Hash what each stage and those before it read of the configuration, and of the files outside the run."""
     values = {**config.model_dump(mode="json"), "budget": number_of_same(config.budget)}
+    if config.merge.budget is not None:
+        values["merge"] = {**values["merge"], "budget": number_of_same(config.merge.budget)}
     base_and_data = [content_hash(path) for path in _base_and_data(config)]
-    extra = [content_hash(Path(each.path)) for each in config.merge.extra if Path(each.path).exists()]
+    others = [path for each in config.merge.extra for path in (each.path, each.statistics) if path is not None]
+    extra = [content_hash(Path(path)) for path in others if Path(path).exists()]
     hashes = {}
     for name in (*STAGES, *BESIDE):
         chain = (*_before(name), name)
@@ -199,7 +242,7 @@ def _fingerprint(name: str, config: RunConfig, reads: Mapping[str, str]) -> str:
     Raises:
         UserError: if a stage before it has not run, or ran for something else.
     """
-    content: dict[str, Any] = {"reads": reads[name], "code": _code_hash()}
+    content: dict[str, Any] = {"reads": reads[name], "code": code_hash()}
     content["versions"] = {package: version(package) for package in ("torch", "transformers")}
     for earlier, record in earlier_records(name, config).items():
         if record.reads != reads[earlier]:
@@ -212,7 +255,7 @@ def _fingerprint(name: str, config: RunConfig, reads: Mapping[str, str]) -> str:
 
 
 @cache
-def _code_hash() -> str:
+def code_hash() -> str:
     """Hash our own source, so that artifacts of other code are never taken for this code's."""
     folders = [resolve(f"package://flowra_{part}/") for part in PARTS]
     return sha256("".join(content_hash(folder) for folder in folders if folder is not None).encode()).hexdigest()

@@ -1,13 +1,14 @@
 """refine: a policy moves rank between modules, then ranks are frozen; training ends at step T."""
 
 import json
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 
-from flowra_adapters import attach, load_adapter
-from flowra_allocation import Policy, RankHistory, RankPlan, Refiner, read_plan
+from flowra_adapters import attach, compact, load_adapter
+from flowra_allocation import Policy, RankHistory, RankPlan, Refiner, hand_over, read_plan
 from flowra_allocation.trainer_callback import RefinementCallback
 from flowra_analysis import read_profile
 from flowra_pipelines import plots
@@ -46,15 +47,19 @@ def refine(config: RunConfig, folder: Path) -> StageResult:
     optimizer, state = resume_phase(config, setting, model, trained)
     policy = build_policy(config)
     refiner = None if policy is None else _refiner(config, model, plan, policy, folder.parent)
-    curve = train_phase(
+    phase = partial(
+        train_phase,
         model,
         setting.train,
         optimizer,
         config=config.training,
         collate=setting.collate,
-        first_step=state.step,
-        last_step=config.training.steps,
         seed=state.seed,
+    )
+    frozen = _compacted_at(config, policy)
+    curve = phase(
+        first_step=state.step,
+        last_step=frozen,
         description=f"refine: {policy.name}" if policy else "refine: off, training on",
         rng=state.rng,
         callbacks=[
@@ -62,6 +67,16 @@ def refine(config: RunConfig, folder: Path) -> StageResult:
             *([RefinementCallback(refiner, first_step=state.step)] if refiner else []),
         ],
     )
+    if frozen < config.training.steps:
+        for slots, tensors in compact(model).values():
+            hand_over(optimizer, slots, tensors)
+        curve += phase(
+            first_step=frozen,
+            last_step=config.training.steps,
+            description="refine: ranks are frozen",
+            rng=torch.get_rng_state(),
+            callbacks=penalties(config, model),
+        )
     peak = max(state.peak_parameters, refiner.history.peak if refiner else 0)
     save_phase(config, setting, model, optimizer, folder, step=config.training.steps, peak_before=peak)
     result = StageResult(
@@ -76,6 +91,12 @@ def refine(config: RunConfig, folder: Path) -> StageResult:
         result.figures.update(refinement_figures_of(found))
         _report(refiner.history, result, folder)
     return result
+
+
+def _compacted_at(config: RunConfig, policy: Policy | None) -> int:
+    """Return the step after which slots become tensors as large as the ranks; the last one where there are none."""
+    last = config.training.steps
+    return last if policy is None or config.refinement.method != "svd_masked" else min(policy.steps[-1], last)
 
 
 def _refiner(config: RunConfig, model: torch.nn.Module, plan: RankPlan, policy: Policy, run: Path) -> Refiner:

@@ -1,0 +1,286 @@
+"""``flowra merge`` of adapters, and ``flowra statistics``."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+from flowra_adapters import attach, save_adapter
+from flowra_compose import RULES, read_adapter
+from flowra_compose.interference_files import read_interference
+from flowra_pipelines.cli import main
+from flowra_pipelines.merge_rules import MERGE_RULES
+from flowra_pipelines.progress import console
+from flowra_pipelines.run_config import MergeConfig, load_config
+from flowra_pipelines.stages.setting import base_model, load_setting
+from flowra_pipelines.statistics_files import read_task_statistics
+from flowra_testing.tiny_runs import tiny_config, write_tiny_llama
+
+Here = Callable[..., tuple[int, str, str]]
+QUERY, VALUE = (f"bert.encoder.layer.0.attention.self.{each}" for each in ("query", "value"))
+DENSE = "bert.encoder.layer.1.output.dense"
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
+    """Run the command in this process."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["flowra", *map(str, arguments)])
+        monkeypatch.setattr(console, "file", sys.stdout)
+        monkeypatch.setattr(console, "width", 200)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        shown = capsys.readouterr()
+        return int(ended.value.code or 0), shown.out, shown.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, reviews, and three adapters of other layers and ranks, each with a head of its own."""
+    folder = tmp_path_factory.mktemp("tasks")
+    run = load_config(tiny_config(folder))
+    setting = load_setting(run)
+    for seed, (name, ranks) in enumerate(
+        {
+            "a": {QUERY: 2, VALUE: 1},
+            "b": {QUERY: 3, DENSE: 2},
+            "c": {VALUE: 2},
+        }.items()
+    ):
+        generator = torch.Generator().manual_seed(seed)
+        model = base_model(run, setting)
+        for one in attach(model, ranks, generator=generator).values():
+            for parameter in one.parameters():
+                parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+        for parameter in model.classifier.parameters():  # type: ignore[union-attr]
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+        save_adapter(
+            model,
+            folder / name,
+            modules_to_save=["classifier"],
+            base_model_name_or_path=run.model.path,
+            task_type="SEQ_CLS",
+        )
+    return folder
+
+
+def refused(answer: tuple[int, str, str]) -> str:
+    """Return the one line of a refusal."""
+    code, _, complaint = answer
+    assert code == 2, complaint
+    assert "Traceback" not in complaint
+    (line,) = complaint.strip().splitlines()
+    return line
+
+
+def test_the_rules_that_help_lists_are_those_that_there_are() -> None:
+    assert set(MERGE_RULES) == set(RULES)
+    for name, text in MERGE_RULES.items():
+        row = RULES[name]
+        assert set(text.options) == set(row.options), name
+        assert text.needs == row.needs, name
+        assert text.truncates == row.truncates, name
+        assert set(MergeConfig.model_fields) >= set(row.options)
+
+
+def test_help_lists_the_rules_and_examples(here: Here) -> None:
+    code, shown, _ = here("merge", "--help")
+    assert code == 0
+    for name in RULES:
+        assert name in shown
+    assert "flowra merge runs/a runs/b" in shown
+
+
+def test_two_adapters_become_one_that_peft_loads(tasks: Path, tmp_path: Path, here: Here) -> None:
+    out = tmp_path / "out"
+    code, shown, complaint = here(
+        "merge", tasks / "a", tasks / "b", "--method", "cat", "--heads-from", tasks / "a", "--out", out
+    )
+    assert code == 0, complaint
+    assert "Rule: cat, as asked for" in shown
+    assert "Modules: 3, of rank 1 to 5" in shown
+    assert "Recommendation:" in shown
+    first, second, merged = (read_adapter(each) for each in (tasks / "a", tasks / "b", out))
+    wanted = first.updates[QUERY].delta_weight() + second.updates[QUERY].delta_weight()
+    torch.testing.assert_close(merged.updates[QUERY].delta_weight(), wanted)
+    assert torch.equal(merged.modules_to_save["classifier.weight"], first.modules_to_save["classifier.weight"])
+    base = AutoModelForSequenceClassification.from_pretrained(tasks / "bert", num_labels=2)
+    loaded = PeftModel.from_pretrained(base, str(out))
+    assert loaded.peft_config["default"].rank_pattern
+    assert read_interference(out).tasks == ("a", "b")
+
+
+def test_weights_count(tasks: Path, tmp_path: Path, here: Here) -> None:
+    out = tmp_path / "out"
+    options = ("--method", "cat", "--weights", "1,-0.5", "--heads-from", tasks / "b", "--out", out)
+    assert here("merge", tasks / "a", tasks / "b", *options)[0] == 0
+    first, second, merged = (read_adapter(each).updates[QUERY] for each in (tasks / "a", tasks / "b", out))
+    torch.testing.assert_close(merged.delta_weight(), first.delta_weight() - 0.5 * second.delta_weight())
+
+
+def test_without_statistics_the_rule_is_the_free_one_and_says_so(tasks: Path, tmp_path: Path, here: Here) -> None:
+    code, shown, _ = here("merge", tasks / "a", tasks / "b", "--heads-from", tasks / "a", "--out", tmp_path / "out")
+    assert code == 0
+    assert "Rule: orth, the default without statistics" in shown
+
+
+def test_measured_on_the_spot_it_is_flow_and_as_with_statistics_made_before(
+    tasks: Path, tmp_path: Path, here: Here
+) -> None:
+    reviews = tasks / "reviews.csv"
+    shared = ("--heads-from", tasks / "a")
+    data = ("--data", reviews, "--data", reviews, "--examples", "24")
+    code, shown, complaint = here("merge", tasks / "a", tasks / "b", *shared, *data, "--out", tmp_path / "spot")
+    assert code == 0, complaint
+    assert "Rule: flow, the default with statistics" in shown
+    assert "predicted loss" in shown
+    for one, other in ("ab", "ba"):
+        code, shown, complaint = here(
+            "statistics",
+            tasks / one,
+            *("--data", reviews, "--examples", "24", "--with", tasks / other, "--out", tmp_path / f"of-{one}"),
+        )
+        assert code == 0, complaint
+        assert "3 modules, 24 inputs" in shown
+    known = ("--statistics", tmp_path / "of-a", "--statistics", tmp_path / "of-b")
+    assert here("merge", tasks / "a", tasks / "b", *shared, *known, "--out", tmp_path / "before")[0] == 0
+    spot, before = ((tmp_path / each / "adapter_model.safetensors").read_bytes() for each in ("spot", "before"))
+    assert spot == before
+    said = refused(
+        here("merge", tasks / "b", tasks / "a", "--heads-from", tasks / "a", *known, "--out", tmp_path / "mixed")
+    )
+    assert "statistics must be of the adapter in" in said
+    assert not (tmp_path / "mixed").exists()
+
+
+@pytest.mark.parametrize("budget", ["300", "1.2kB", "like {a}", "same as {a}", "like r=1 on q,v", "1%"])
+def test_a_budget_may_be_said_in_many_ways(budget: str, tasks: Path, tmp_path: Path, here: Here) -> None:
+    options = ["--budget", budget.format(a=tasks / "a"), "--heads-from", str(tasks / "a"), "--method", "cat"]
+    base = ["--base", str(tasks / "bert")] if budget.endswith("%") else []
+    out = tmp_path / "out"
+    code, shown, complaint = here("merge", tasks / "a", tasks / "b", *options, *base, "--out", out)
+    assert code == 0, complaint
+    parameters = sum(each.parameters for each in read_adapter(out).updates.values())
+    largest = {"like r=1 on q,v": 128, "like {a}": 192, "same as {a}": 192, "1%": 400}.get(budget, 300)
+    assert 0 < parameters <= largest
+    assert "Cut: at most" in shown
+
+
+def test_a_report_is_a_page_and_json_is_for_programs(tasks: Path, tmp_path: Path, here: Here) -> None:
+    page = tmp_path / "report.html"
+    options = ("--method", "ties", "--density", "0.5", "--rank", "2", "--heads-from", tasks / "a")
+    code, shown, complaint = here(*(
+        "merge",
+        tasks / "a",
+        tasks / "b",
+        *options,
+        "--out",
+        tmp_path / "out",
+        "--report",
+        page,
+        "--json",
+    ))
+    assert code == 0, complaint
+    content = json.loads(shown[shown.index("{") :])
+    assert content["rule"] == "ties"
+    assert [each["name"] for each in content["tasks"]] == ["a", "b"]
+    assert set(content["modules"]) == {QUERY, VALUE, DENSE}
+    assert all(each["rank"] <= 2 and 0 <= each["loss"] < 1 for each in content["modules"].values())
+    assert content["recommendation"]["advice"] in ("merge", "fuse", "keep apart")
+    assert "<html" in page.read_text()
+
+
+def test_an_earlier_result_is_replaced_and_anything_else_is_left(tasks: Path, tmp_path: Path, here: Here) -> None:
+    arguments = ("merge", tasks / "a", tasks / "c", "--method", "cat", "--heads-from", tasks / "a")
+    assert here(*arguments, "--out", tmp_path / "out")[0] == 0
+    assert here(*arguments, "--weights", "2,1", "--out", tmp_path / "out")[0] == 0
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    assert "with notes.txt. Give --out" in refused(here(*arguments, "--out", tmp_path / "out"))
+    assert "which is an input" in refused(here(*arguments, "--out", tasks / "a"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{a}", "{b}", "--method", "tie"], "got 'tie'. Nearest: 'ties'"),
+        (
+            ["{a}", "{b}", "--method", "cat", "--density", "0.5"],
+            "density must be left out with the rule 'cat', got 0.5",
+        ),
+        (["{a}", "{b}", "--method", "ties", "--density", "2"], "density must be in (0, 1], got 2.0"),
+        (["{a}", "{b}", "--method", "ties", "--seed", "1"], "seed must be left out with the rule 'ties', got 1"),
+        (["{a}", "{b}", "--method", "truncated_svd"], "truncation must be given with the rule 'truncated_svd'"),
+        (["{a}", "{b}", "--method", "flow"], "statistics must be given for the rule 'flow', got none"),
+        (["{a}", "{b}", "--method", "cat"], "Give --heads-from ADAPTER to keep those of one"),
+        (["{a}", "{b}", "--weights", "1"], "weights must be one for each adapter, got 1 for 2"),
+        (["{a}", "{b}", "--weights", "1,x"], "weights must be numbers with commas between, got '1,x'"),
+        (["{a}", "{b}", "--data", "{a}"], "data must be one for each adapter, in their order, got 1 for 2"),
+        (["{a}", "{b}", "--statistics", "{a}", "--statistics", "{b}"], "a folder with task_statistics.json, got"),
+        (["{a}", "{b}", "--heads-from", "{c}"], "heads-from must be one of the adapters"),
+        (["{a}", "{b}", "--budget", "much"], "budget must be like"),
+        (["{a}", "{b}", "--budget", "1%"], "budget must be a number of parameters where no base is given, got '1%'"),
+        (["{a}", "{b}", "--report", "report.pdf"], "report must be a path that ends in .html, got report.pdf"),
+        (["{a}", "nowhere"], "adapter must be a folder with"),
+        (["{a}", "{b}", "--set", "seed=1"], "--set and --force must be left out with adapters"),
+        (["{a}", "run.yaml"], "a YAML file must stand alone, for the stage merge of its run, got 2 arguments"),
+        (["run.yaml"], "configuration must be a readable file, got run.yaml"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], message: str, tasks: Path, tmp_path: Path, here: Here) -> None:
+    given = [each.format(a=tasks / "a", b=tasks / "b", c=tasks / "c") for each in arguments]
+    out = tmp_path / "out"
+    said = refused(here("merge", *given, "--out", out))
+    assert message in said
+    assert not out.exists()
+
+
+def test_adapters_of_different_bases_are_refused(tasks: Path, tmp_path: Path, here: Here) -> None:
+    shutil.copytree(tasks / "b", tmp_path / "b")
+    config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    write_tiny_llama(tmp_path / "llama")
+    changed = {**config, "base_model_name_or_path": str(tmp_path / "llama")}
+    (tmp_path / "b" / "adapter_config.json").write_text(json.dumps(changed))
+    said = refused(
+        here(
+            "merge",
+            tasks / "a",
+            tmp_path / "b",
+            "--method",
+            "cat",
+            "--heads-from",
+            tasks / "a",
+            "--out",
+            tmp_path / "o",
+        )
+    )
+    assert "base_model_name_or_path must be the same in all adapters" in said
+
+
+def test_statistics_of_a_run_need_its_file_alone(tmp_path: Path, tasks: Path, here: Here) -> None:
+    config = tiny_config(tmp_path)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    shutil.copytree(tasks / "a", tmp_path / "runs" / "tiny" / "merge" / "adapter")
+    code, shown, complaint = here("statistics", tmp_path / "run.yaml", "--out", tmp_path / "known", "--examples", "16")
+    assert code == 0, complaint
+    assert "2 modules, 16 inputs" in shown
+    assert set(read_task_statistics(tmp_path / "known")) == {QUERY, VALUE}
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").touch()
+    for arguments, message in (
+        ((tmp_path / "run.yaml", "--data", "x.csv"), "data and base must be left out with a YAML file"),
+        ((tasks / "a",), "data must be given with an adapter, got none"),
+        ((tasks / "a", "--data", tmp_path / "none.csv"), "file must exist"),
+    ):
+        assert message in refused(here("statistics", *arguments, "--out", tmp_path / "other"))
+    taken = here("statistics", tasks / "a", "--data", tasks / "reviews.csv", "--out", tmp_path / "taken")
+    assert "out must be a new folder or one with statistics" in refused(taken)
