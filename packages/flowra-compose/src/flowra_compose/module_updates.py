@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flowra_compose.low_rank import LowRankUpdate
-from flowra_compose.statistics import ModuleStatistics
+from flowra_compose.statistics import ModuleStatistics, statistics_at
 
 __all__ = ["ModuleUpdates", "Weight", "check_weights", "modules_of", "updated_modules"]
 
@@ -130,7 +130,7 @@ def modules_of(
         yield ModuleUpdates(
             name=name,
             updates=tuple(_weighted(_at(weight, name), one[name]) if name in one else None for weight, one, _ in tasks),
-            statistics=tuple(each.get(name) for _, _, each in tasks),
+            statistics=tuple(statistics_at(each, name) for _, _, each in tasks),
         )
 
 

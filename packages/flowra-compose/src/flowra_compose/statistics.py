@@ -9,12 +9,13 @@ A task that leaves a module alone but has statistics there asks rules to leave i
 statistics it asks for nothing.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["ModuleStatistics"]
+__all__ = ["ModuleStatistics", "statistics_at"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -44,3 +45,23 @@ class ModuleStatistics:
                 raise ValueError(f"{name} must have a diagonal ≥ 0, as second moments do, got one below 0")
         if self.fisher is not None and bool((self.fisher < 0).any()):
             raise ValueError(f"fisher must be ≥ 0, got {float(self.fisher.min())}")
+
+
+def statistics_at(known: Mapping[str, ModuleStatistics], name: str) -> ModuleStatistics | None:
+    """Look up what is known under a name; a bias is a weight whose one input is always 1.
+
+    Args:
+        known: module name to statistics.
+        name: of a module, or of a module's bias, ``<module>.bias``.
+
+    Returns:
+        What is there, for a bias that is not C = [1] and the S of its module; None if there is neither.
+    """
+    found = known.get(name)
+    module = name.removesuffix(".bias")
+    if found is not None or module == name or (of_module := known.get(module)) is None:
+        return found
+    one = torch.ones(1, dtype=torch.float64)
+    return ModuleStatistics(
+        inputs=one if of_module.inputs is None else one.to(of_module.inputs), outputs=of_module.outputs
+    )
