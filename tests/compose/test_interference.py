@@ -514,7 +514,7 @@ FC = ("modules", "fc")
         (edited(*FC, "pairs", 0, "row_angle", value=1.6), "row_angle must be a finite number .* got 1.6"),
         (edited(*FC, "pairs", 0, "row_overlap", value=None), "row_overlap must be a finite number .* got None"),
     ],
-    ids=str,
+    ids=lambda each: each if isinstance(each, str) else None,
 )
 def test_a_damaged_report_is_refused_in_one_line(
     edit: Callable[[dict[str, Any]], None], message: str, tmp_path: Path

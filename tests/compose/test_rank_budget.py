@@ -2,7 +2,7 @@
 
 import doctest
 import importlib
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import assume, given, settings
@@ -24,7 +24,9 @@ def spent(costs: dict[str, int], ranks: dict[str, int]) -> int:
 
 
 def best(energies: Energies, costs: dict[str, int], parameters: int) -> float:
-    choices = (dict(zip(energies, ranks, strict=True)) for ranks in product(*(range(len(e) + 1) for e in energies.values())))
+    choices = (
+        dict(zip(energies, ranks, strict=True)) for ranks in product(*(range(len(e) + 1) for e in energies.values()))
+    )
     return max(kept(energies, ranks) for ranks in choices if spent(costs, ranks) <= parameters)
 
 
@@ -61,7 +63,9 @@ def test_with_unequal_costs_less_than_one_unit_is_missing(case: tuple[Energies, 
     # For what it spends there is nothing better, wherever the order was not broken by a unit that did not fit.
     worth = [values[found[name]] / costs[name] for name, values in energies.items() if found[name] < len(values)]
     taken = [values[found[name] - 1] / costs[name] for name, values in energies.items() if found[name]]
-    fits = [n for n, values in energies.items() if found[n] < len(values) and costs[n] <= parameters - spent(costs, found)]
+    fits = [
+        n for n, values in energies.items() if found[n] < len(values) and costs[n] <= parameters - spent(costs, found)
+    ]
     assert not fits
     if max(worth, default=0.0) <= min(taken):
         assert kept(energies, found) == pytest.approx(best(energies, costs, spent(costs, found)), rel=1e-12)
@@ -79,7 +83,7 @@ def test_all_is_kept_where_the_parameters_are_enough(case: tuple[Energies, dict[
 def test_the_unit_of_energy_does_not_matter(case: tuple[Energies, dict[str, int], int], unit: float) -> None:
     energies, costs, parameters = case
     in_order = sorted(v / costs[n] for n, values in energies.items() for v in values)
-    assume(all(b - a > 1e-9 * b for a, b in zip(in_order, in_order[1:], strict=False)))  # ties are broken by rounding
+    assume(all(b - a > 1e-9 * b for a, b in pairwise(in_order)))  # ties are broken by rounding
     scaled = {name: [unit * value for value in values] for name, values in energies.items()}
     assert ranks_within(scaled, costs, parameters=parameters) == ranks_within(energies, costs, parameters=parameters)
 

@@ -58,7 +58,7 @@ def merge_stage(config: RunConfig, folder: Path) -> StageResult:
             base=model.get_parameter,
         )
         load_adapter(model, folder / "adapter")
-    except ValueError as error:
+    except (ValueError, ArithmeticError) as error:
         raise UserError(str(error)) from None
     check = _check(config, setting, model)
     (folder / "check.json").write_text(json.dumps(check, indent=1) + "\n", encoding="utf-8")
@@ -109,7 +109,7 @@ def _loss(merged: MergedFolder) -> dict[str, str]:
     if not lost:
         return {}
     worst = max(lost, key=lambda name: lost[name])
-    return {"truncated": f"at most {lost[worst]:.2%} of a module's squared norm was lost, at {worst}"}
+    return {"truncated": f"at most {lost[worst]:.2%} of a module's size was lost, squared and in the metric it was cut in, at {worst}"}
 
 
 @torch.no_grad()

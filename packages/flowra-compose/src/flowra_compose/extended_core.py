@@ -51,4 +51,5 @@ def _orthonormal(columns: Tensor) -> Tensor:
     columns = columns[:, lengths > 0] / lengths[lengths > 0]
     q, r = torch.linalg.qr(columns)
     u, sigma, _ = torch.linalg.svd(r)
-    return q @ u[:, : int((sigma > INDEPENDENT).sum())]
+    basis: Tensor = q @ u[:, : int((sigma > INDEPENDENT).sum())]
+    return basis

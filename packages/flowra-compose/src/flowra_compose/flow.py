@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from flowra_compose.extended_core import extended_core
+from flowra_compose.joint_diagonal import joint_coordinates
 from flowra_compose.low_rank import LowRankUpdate
 from flowra_compose.module_updates import ModuleUpdates
 from flowra_compose.options import MergeOptions
@@ -127,15 +128,10 @@ def _matched(targets: Tensor, c: Tensor, s: Tensor, where: str) -> Tensor:
 
 
 def _coordinates(moments: Tensor, where: str) -> Tensor:
-    """Return W with Wᵀ (Σᵢ Mᵢ) W = I, in which every Wᵀ Mᵢ W is as near to diagonal as that of an uneven sum is.
-
-    Two tasks are diagonal at once; more are, as far as what they meet is disjoint or shared.
-    """
+    """Return W with Wᵀ (Σᵢ Mᵢ) W = I, in which every Wᵀ Mᵢ W is nearly diagonal."""
     root = cholesky(moments.sum(0), where=where)
-    inverse = torch.linalg.solve_triangular(root, torch.eye(len(root)).to(root), upper=False)
-    uneven = torch.arange(1, len(moments) + 1).to(root) / len(moments)
-    tilted = inverse @ torch.einsum("t,tij->ij", uneven, moments) @ inverse.T
-    return inverse.T @ torch.linalg.eigh(tilted).eigenvectors
+    inverse: Tensor = torch.linalg.solve_triangular(root, torch.eye(len(root)).to(root), upper=False)
+    return inverse.T @ joint_coordinates(inverse @ moments @ inverse.T)
 
 
 def _conjugate_gradients(

@@ -166,7 +166,9 @@ def _ranks_within_budget(
 ) -> dict[str, int]:
     """Merge every module once for its singular values, and choose ranks."""
     merge = rule_named(rule).merge
-    energies, costs, metrics = {}, {}, {}
+    energies: dict[str, list[float]] = {}
+    costs: dict[str, int] = {}
+    metrics: dict[str, str] = {}
     for module in modules:
         svd = metric_svd(merge(module, options), truncation.statistics_of(module), where=repr(module.name))
         kept = svd.kept(rank=truncation.of(module.name), energy=truncation.energy)

@@ -111,6 +111,7 @@ def cholesky(matrix: Tensor, *, where: str) -> Tensor:
     Raises:
         ValueError: if M is singular to rounding.
     """
+    factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(matrix)
     rounding = len(matrix) * torch.finfo(matrix.dtype).eps
     if failed or not bool((factor.diagonal().square() > rounding * matrix.diagonal()).all()):

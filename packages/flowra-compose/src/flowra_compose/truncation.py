@@ -6,12 +6,12 @@ D = ΔW - ΔW_r, with C̄ = Σᵢ Cᵢ of the inputs that the tasks have and S̄
 without S̄, tr(D C̄ Dᵀ), the change of the outputs. The nearest matrix then is that of S̄^½ ΔW C̄^½, multiplied back.
 
 All from the factors: with thin QR decompositions Aᵀ = Q_A R_A, B = Q_B R_B, and L_A L_Aᵀ = Q_Aᵀ C̄ Q_A,
-L_B L_Bᵀ = Q_Bᵀ S̄ Q_B, the singular values are those of L_Bᵀ R_B R_Aᵀ L_A, no larger than the ranks. No root or inverse
-of C̄ or S̄ is taken, and nothing of the size of a weight is formed where the update is of low rank.
+L_B L_Bᵀ = Q_Bᵀ S̄ Q_B, the singular values are those of L_Bᵀ R_B R_Aᵀ L_A, a matrix no larger than the ranks.
+No root or inverse of C̄ or S̄ is taken, and nothing of the size of a weight is formed where the update is of low rank.
 
 Source: the combination type ``svd`` in PEFT's ``add_weighted_adapter``; docs/methods.md, section 26. Deviations: it is
-computed from the factors, in float64; the rank may differ by module, or follow from a share of the energy or a number of
-parameters; what is lost is told; both factors get the square roots of the singular values.
+computed from the factors, in float64; the rank may differ by module, or follow from a share of the energy or from a
+number of parameters; what is lost is told; both factors get the square roots of the singular values.
 """
 
 from collections.abc import Mapping, Sequence
@@ -261,7 +261,7 @@ def truncated(
 
         >>> met = ModuleStatistics(inputs=torch.tensor([0.01, 0.01, 1.0]))
         >>> best = truncated(update, rank=1, statistics=[met])
-        >>> [[round(value, 6) for value in row] for row in best.delta_weight().tolist()]
-        [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
+        >>> [round(value, 6) for value in best.delta_weight().diagonal().tolist()]
+        [0.0, 0.0, 1.0]
     """
     return metric_svd(update, statistics, where="the update to truncate").truncated(rank=rank, energy=energy)
