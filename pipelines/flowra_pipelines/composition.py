@@ -169,7 +169,7 @@ def merged_parameters(budget: str | int, inputs: Sequence[AdapterState], *, base
             unit_cost=lambda names: sum(sum(shapes[name]) for name in modules_called(shapes, names, "budget")),
             parameters_of=_parameters_at,
         )
-    except (ValueError, ArithmeticError) as error:
+    except ValueError as error:
         raise UserError(str(error)) from None
 
 
@@ -393,7 +393,7 @@ def show_merge(job: MergeJob, *, report: Path | None, as_json: bool) -> None:
     console.print(f"Rule: {done.rule}, {done.why}")
     console.print(f"Modules: {len(modules)}, of rank {ranks[0]}" + (f" to {ranks[-1]}" if ranks[-1] > ranks[0] else ""))
     if done.loss is not None:
-        console.print(f"Cut: at most {done.loss[1]:.2%} of a module's size was lost, squared and in the metric it was cut in, at {done.loss[0]}")
+        console.print(f"Cut: at most {done.loss[1]:.2%} of a module's squared size was lost, at {done.loss[0]}")
     worst = done.report.worst_task
     if worst is not None:
         console.print(f"Worst task: {worst[0]}, which loses about {worst[1]:.1%} of what its adapter gains")

@@ -109,7 +109,7 @@ def _loss(merged: MergedFolder) -> dict[str, str]:
     if not lost:
         return {}
     worst = max(lost, key=lambda name: lost[name])
-    return {"truncated": f"at most {lost[worst]:.2%} of a module's size was lost, squared and in the metric it was cut in, at {worst}"}
+    return {"truncated": f"at most {lost[worst]:.2%} of a module's squared size was lost, at {worst}"}
 
 
 @torch.no_grad()
