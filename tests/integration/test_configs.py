@@ -8,17 +8,28 @@ from typing import get_args
 import pytest
 from pydantic import BaseModel
 
+from flowra_pipelines.composition_config import load_composition
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.run_config import ModelConfig, RunConfig, load_config
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DEMO = Path(str(files("flowra_pipelines").joinpath("configs", "demo.yaml")))
-SHIPPED = [*sorted(EXAMPLES.glob("*.yaml")), DEMO]
+OF_SEVERAL_TASKS = EXAMPLES / "several_tasks.yaml"
+OF_ONE_TASK = sorted(set(EXAMPLES.glob("*.yaml")) - {OF_SEVERAL_TASKS})
+SHIPPED = [*OF_ONE_TASK, DEMO]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_a_shipped_configuration_loads(path: Path) -> None:
     assert load_config(path).name
+
+
+def test_the_example_of_several_tasks_gives_each_what_is_common_and_what_is_its_own() -> None:
+    config = load_composition(OF_SEVERAL_TASKS)
+    steps = {name: task.run.training.steps for name, task in config.tasks.items()}
+    assert steps == {"reviews": 200, "pairs": 400}
+    assert {task.run.data.test_fraction for task in config.tasks.values()} == {0.2}
+    assert config.merge.rule == "flow"
 
 
 def test_every_task_has_an_example() -> None:
@@ -39,7 +50,7 @@ def keys_by_section(path: Path) -> dict[str, set[str]]:
     return found
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", OF_ONE_TASK, ids=lambda path: path.name)
 def test_an_example_names_every_key_and_no_other(path: Path) -> None:
     expected = {"": set(RunConfig.model_fields)}
     for name, field in RunConfig.model_fields.items():
