@@ -169,7 +169,8 @@ def merge(
             "--set and --force must be left out with adapters: they are the stage's, whose argument is YAML"
         )
     quiet()
-    from flowra_pipelines.composition import MergeJob, show_merge
+    from flowra_pipelines.merge_job import MergeJob
+    from flowra_pipelines.merge_shown import show_merge
 
     job = MergeJob(
         sources=tuple(sources),
@@ -221,7 +222,7 @@ def statistics(
 ) -> None:
     """See ``STATISTICS``."""
     quiet()
-    from flowra_pipelines.composition import show_statistics
+    from flowra_pipelines.merge_shown import show_statistics
     from flowra_pipelines.task_statistics import MeasureSettings
 
     settings = MeasureSettings(examples=examples, batch_size=batch_size, seed=seed, fisher=fisher)
