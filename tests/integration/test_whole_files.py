@@ -86,7 +86,8 @@ def test_the_helper_is_the_same_in_every_distribution() -> None:
     assert len({path.read_bytes() for path in copies}) == 1
 
 
-def test_reading_and_writing_sharded_tensors_is_the_same_in_both_packages() -> None:
-    copies = [*ROOT.glob("packages/*/src/*/sharding.py")]
+@pytest.mark.parametrize("name", ["sharding", "penalty_callback"])
+def test_what_two_packages_need_is_the_same_in_both(name: str) -> None:
+    copies = [*ROOT.glob(f"packages/*/src/*/{name}.py")]
     assert len(copies) == 2
     assert len({path.read_bytes() for path in copies}) == 1

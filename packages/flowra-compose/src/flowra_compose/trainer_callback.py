@@ -10,16 +10,17 @@ first moment, that are off the memory already, and a resumed run needs nothing b
     trainer = Trainer(model, args, callbacks=[NullSpaceCallback(space, also_trained=head.parameters())], ...)
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from flowra_compose.null_space import NullSpace
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+    from flowra_compose.penalty_callback import PenaltyCallback
 except ImportError as error:  # an optional dependency: say how to get it
     raise ImportError("NullSpaceCallback needs transformers: pip install 'flowra-compose[transformers]'") from error
 
@@ -66,55 +67,3 @@ class NullSpaceCallback(TrainerCallback):
         """Project A and its first moment."""
         assert optimizer is not None
         self._space.after_step(optimizer)
-
-
-class PenaltyCallback(TrainerCallback):
-    """Add the gradient of a penalty before each step of the optimiser.
-
-    It acts as the penalty in the loss would, once for each step however many batches are accumulated. The loss that is
-    logged is without it, and the Trainer, which has clipped the loss's gradient by then, does not clip it. A class of
-    this name in ``flowra_allocation`` does the same.
-
-    Args:
-        penalty: returns a scalar that depends on trained parameters, such as
-            ``lambda: 0.5 * o_lora_penalty(layers, memory)``; or a zero that depends on none, before the first task has
-            ended.
-
-    Raises:
-        ValueError: at the beginning, if gradients would be unscaled after the penalty (``fp16`` without clipping);
-            before a step, if the penalty is not a scalar, or another constant than 0.
-    """
-
-    def __init__(self, penalty: Callable[[], Tensor]) -> None:
-        self._penalty = penalty
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        """Refuse what would scale the penalty down."""
-        if args.fp16 and not args.max_grad_norm:
-            raise ValueError(
-                "max_grad_norm must be > 0 with fp16 and a penalty, got 0: gradients would still be scaled when the"
-                " penalty's is added. Clip at a large norm."
-            )
-
-    def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: object,
-    ) -> None:
-        """Add the gradient to ``.grad``."""
-        assert model is not None
-        with torch.enable_grad():
-            penalty = self._penalty()
-        if penalty.numel() != 1 or (not penalty.requires_grad and penalty.item() != 0):
-            raise ValueError(f"penalty must be a scalar that depends on trained parameters, got {penalty}")
-        if not penalty.requires_grad:
-            return
-        trained = [each for each in model.parameters() if each.requires_grad]
-        for parameter, gradient in zip(trained, torch.autograd.grad(penalty, trained, allow_unused=True), strict=True):
-            if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
