@@ -9,8 +9,6 @@ import pytest
 import yaml
 
 from flowra_analysis import read_profile
-from flowra_pipelines.cli import main
-from flowra_pipelines.progress import console
 from flowra_testing.tiny_runs import tiny_config
 
 HEAVY = ("torch", "transformers", "datasets", "prefect", "mlflow", "pandas", "numpy", "matplotlib", "flowra_adapters")
@@ -21,22 +19,6 @@ def flowra(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "flowra_pipelines.cli", *arguments]
     environment = {**os.environ, "COLUMNS": "200"}
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run the command in this process, which has paid for the imports."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["flowra", *arguments])
-        monkeypatch.setattr(console, "file", sys.stdout)
-        monkeypatch.setattr(console, "width", 200)
-        with pytest.raises(SystemExit) as ended:
-            main()
-        shown = capsys.readouterr()
-        return int(ended.value.code or 0), shown.out, shown.err
-
-    return run
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """``flowra export``: what it writes is what its reader reads, and the check finds where it is not."""
 
 import json
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -23,11 +22,9 @@ from transformers import (
 
 from flowra_adapters import attach, load_adapter, save_adapter
 from flowra_pipelines import export_check
-from flowra_pipelines.cli import main
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.export import adapter_folder, export_adapter
 from flowra_pipelines.export_check import CheckFailed
-from flowra_pipelines.progress import console
 from flowra_testing.asserts import randomise
 from flowra_testing.tiny_models import seeded
 from flowra_testing.tiny_runs import tiny_config, tiny_language_config, write_tiny_bert, write_tiny_llama
@@ -43,20 +40,6 @@ MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_llama(tmp_path_factory.mktemp("export") / "llama")
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["flowra", *map(str, arguments)])
-        monkeypatch.setattr(console, "file", sys.stdout)
-        monkeypatch.setattr(console, "width", 200)
-        with pytest.raises(SystemExit) as ended:
-            main()
-        shown = capsys.readouterr()
-        return int(ended.value.code or 0), shown.out, shown.err
-
-    return run
 
 
 def logits(model: nn.Module, inputs: Tensor = IDS) -> Tensor:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +14,7 @@ from transformers import AutoModelForSequenceClassification
 from flowra_adapters import attach, save_adapter
 from flowra_compose import RULES, read_adapter
 from flowra_compose.interference_files import read_interference
-from flowra_pipelines.cli import main
 from flowra_pipelines.merge_rules import MERGE_RULES
-from flowra_pipelines.progress import console
 from flowra_pipelines.run_config import MergeConfig, load_config
 from flowra_pipelines.stages.setting import base_model, load_setting
 from flowra_pipelines.statistics_files import read_task_statistics
@@ -26,22 +23,6 @@ from flowra_testing.tiny_runs import tiny_config, write_tiny_llama
 Here = Callable[..., tuple[int, str, str]]
 QUERY, VALUE = (f"bert.encoder.layer.0.attention.self.{each}" for each in ("query", "value"))
 DENSE = "bert.encoder.layer.1.output.dense"
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
-    """Run the command in this process."""
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["flowra", *map(str, arguments)])
-        monkeypatch.setattr(console, "file", sys.stdout)
-        monkeypatch.setattr(console, "width", 200)
-        with pytest.raises(SystemExit) as ended:
-            main()
-        shown = capsys.readouterr()
-        return int(ended.value.code or 0), shown.out, shown.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,8 @@ from torch import nn
 from flowra_adapters import attach, save_adapter
 from flowra_allocation import ModulePlan, RankPlan, allocate, read_plan, uniform_plan, write_plan
 from flowra_analysis import FlowProfile, ModuleProfile, write_profile
-from flowra_pipelines.cli import main
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.placements import PLACEMENTS, placed
-from flowra_pipelines.progress import console
 from flowra_pipelines.same_budget import parameters_of
 
 Run = Callable[..., tuple[int, str, str]]
@@ -32,17 +31,8 @@ Q2, V2, DOWN2, Q10, V10, DOWN10 = COSTS
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["flowra", "plan", *map(str, arguments)])
-        monkeypatch.setattr(console, "file", sys.stdout)
-        monkeypatch.setattr(console, "width", 200)
-        with pytest.raises(SystemExit) as ended:
-            main()
-        shown = capsys.readouterr()
-        return int(ended.value.code or 0), shown.out, shown.err
-
-    return run
+def here(here: Run) -> Run:
+    return partial(here, "plan")
 
 
 @pytest.fixture

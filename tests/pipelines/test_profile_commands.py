@@ -11,27 +11,11 @@ import pytest
 import torch
 
 from flowra_analysis import FlowProfile, ModuleProfile, write_profile
-from flowra_pipelines.cli import main
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.profile_commands import find_profile, printable
-from flowra_pipelines.progress import console
 
 Run = Callable[..., tuple[int, str, str]]
 NAMES = {f"h.{block}.{name}": block + index for block in (2, 10) for index, name in enumerate(("q_proj", "fc2"))}
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["flowra", *map(str, arguments)])
-        monkeypatch.setattr(console, "file", sys.stdout)
-        monkeypatch.setattr(console, "width", 200)
-        with pytest.raises(SystemExit) as ended:
-            main()
-        shown = capsys.readouterr()
-        return int(ended.value.code or 0), shown.out, shown.err
-
-    return run
 
 
 def profile(*, factor: float = 1.0, **provenance: str | int) -> FlowProfile:

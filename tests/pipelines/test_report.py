@@ -2,11 +2,8 @@
 
 import io
 import json
-import re
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +15,11 @@ from matplotlib.patches import Rectangle
 
 from flowra_analysis import FlowProfile, ModuleProfile, write_profile
 from flowra_pipelines import report_figures
-from flowra_pipelines.cli import main
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.plots import module_grid, module_heatmap
-from flowra_pipelines.progress import console
 from flowra_pipelines.report import profile_report, write_report
 from flowra_pipelines.report_validation import LossChange, parse_validation, read_validation
+from flowra_testing.html_page import Page, assert_self_contained
 
 KINDS = ("flow_gains", "weight", "gradient", "kfac_gradient", "activation", "update")
 ESTIMATORS = ("probe", "fisher", "snr")
@@ -31,7 +27,6 @@ LAYERS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
 FIGURES = ("sensitivity", "layer_types", "spectra", "effective_ranks", "estimator_agreement")
 OF_ABLATIONS = ("ablation_correlations", "ablation_scatter")
 HOSTILE = "</title><script src='http://evil.example/x.js'>alert(1)</script><img src=x onerror=alert(1)>&\"$\\frac{$"
-VOID = {"meta", "path", "use", "br"}
 
 
 def profile(*, names: tuple[str, ...] | None = None) -> FlowProfile:
@@ -69,63 +64,6 @@ def validation(names: tuple[str, ...]) -> dict[str, object]:
             name: {"spearman": dict.fromkeys(ablations, interval), "cost": 1.5} for name in (*ESTIMATORS, "other<b>")
         },
     }
-
-
-class Page(HTMLParser):
-    """What a browser would make of a page: its elements, and whether they nest."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-    @property
-    def tags(self) -> set[str]:
-        return {tag for tag, _ in self.elements}
-
-    def attribute(self, name: str) -> list[str]:
-        return [value for _, attributes in self.elements for key, value in attributes.items() if key == name and value]
-
-
-def assert_self_contained(html: str) -> Page:
-    """Assert that nothing is loaded, linked or run, and that what leads somewhere leads there inside the page."""
-    page = Page(html)
-    assert not page.tags & {"script", "link", "iframe", "object", "embed", "base", "form", "img", "foreignobject"}
-    names = {name for _, attributes in page.elements for name in attributes}
-    assert not [name for name in names if name.startswith("on")]
-    assert not names & {"src", "srcset", "action", "formaction", "background", "ping"}
-    places = set(page.attribute("id"))
-    assert len(places) == len(page.attribute("id"))
-    targets = [*page.attribute("href"), *page.attribute("xlink:href")]
-    assert targets
-    inline = "data:image/png;base64,"
-    assert [each for each in targets if each[1:] not in places and not each.startswith(inline)] == []
-    assert all(each.startswith(("#", inline)) for each in targets)
-    markup = "".join(re.findall(r"<[^>]*>|<style>.*?</style>", html, flags=re.DOTALL))
-    assert "://" not in markup
-    urls = re.findall(r"url\(([^)]*)\)", markup)
-    assert [each for each in urls if not each.startswith("#") or each[1:] not in places] == []
-    assert "default-src 'none'" in page.attribute("content")[0]
-    return page
 
 
 @pytest.fixture(scope="module")
@@ -311,19 +249,6 @@ def test_ablations_beside_the_profile_are_shown(tmp_path: Path) -> None:
     assert paths[0].parent == tmp_path / "report"
     assert {f"{name}.png" for name in OF_ABLATIONS} < {path.name for path in paths}
     assert "other&lt;b&gt;" in paths[0].read_text(encoding="utf-8")
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["flowra", *map(str, arguments)])
-        monkeypatch.setattr(console, "file", sys.stdout)
-        with pytest.raises(SystemExit) as ended:
-            main()
-        shown = capsys.readouterr()
-        return int(ended.value.code or 0), shown.out, shown.err
-
-    return run
 
 
 def test_the_command_says_where_the_report_is(tmp_path: Path, here: Callable[..., tuple[int, str, str]]) -> None:

@@ -1,9 +1,7 @@
 """What a merge costs as a page that needs nothing else, and as pictures of what the report says."""
 
 import io
-import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +16,13 @@ from flowra_pipelines.errors import UserError
 from flowra_pipelines.interference_figures import module_maps, predicted_and_measured, task_pairs
 from flowra_pipelines.report_figures import FAINT, GAP, INK
 from flowra_pipelines.report_interference import interference_page, write_interference_page
+from flowra_testing.html_page import Page, assert_self_contained
 
 LAYERS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
 NAMES = (*(f"model.layers.{block}.{layer}" for block in range(2) for layer in LAYERS), "head")
 TASKS = ("sst2", "mnli", "qqp")
 FIGURES = ("task_cosines", "task_overlaps", "cross_talk", "sign_conflicts", "predicted_and_measured")
 HOSTILE = "</title><script src='http://evil.example/x.js'>alert(1)</script><img src=x onerror=alert(1)>&\"$\\frac{$"
-VOID = {"meta", "path", "use", "br"}
-INLINE = "data:image/png;base64,"
 SMALL = ("h.0.q_proj", "head")
 
 
@@ -56,55 +53,6 @@ def scored(one: InterferenceReport) -> InterferenceReport:
         name: TaskScores(base=0.5, single=0.9, merged=0.89 - 0.08 * index) for index, name in enumerate(one.tasks)
     }
     return replace(one, scores=scores)
-
-
-class Page(HTMLParser):
-    """What a browser would make of a page: its elements, and whether they nest."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-    def attribute(self, name: str) -> list[str]:
-        return [value for _, attributes in self.elements for key, value in attributes.items() if key == name and value]
-
-
-def assert_self_contained(html: str) -> Page:
-    """Assert that nothing is loaded, linked or run, and that what leads somewhere leads there inside the page."""
-    page = Page(html)
-    tags = {tag for tag, _ in page.elements}
-    assert not tags & {"script", "link", "iframe", "object", "embed", "base", "form", "img", "foreignobject"}
-    names = {name for _, attributes in page.elements for name in attributes}
-    assert not [name for name in names if name.startswith("on")]
-    assert not names & {"src", "srcset", "action", "formaction", "background", "ping"}
-    places = page.attribute("id")
-    assert len(set(places)) == len(places)
-    targets = [*page.attribute("href"), *page.attribute("xlink:href")]
-    assert [each for each in targets if each[1:] not in places and not each.startswith(INLINE)] == []
-    assert all(each.startswith(("#", INLINE)) for each in targets)
-    assert "://" not in "".join(re.findall(r"<[^>]*>|<style>.*?</style>", html, flags=re.DOTALL))
-    assert "default-src 'none'" in page.attribute("content")[0]
-    return page
 
 
 @pytest.fixture(scope="module")
