@@ -256,7 +256,7 @@ class Suite:
                 statistics=tuple(each[name] for each in known),
             )
             m, n = module.shape
-            meter.add(module, merged.get(name, LowRankUpdate(torch.zeros(1, n), torch.zeros(m, 1))))
+            meter.add(module, merged.get(name))
         return meter.report()
 
     def references(self) -> None:

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from flowra_allocation import parse_budget
@@ -191,9 +190,7 @@ def compose(
     )
     with meter("merge: what it cost", total) as progress:
         for module in modules_of(updates, weights, statistics or None):
-            m, n = module.shape
-            dropped = module.of_factors(torch.zeros(1, n), torch.zeros(m, 1))  # a budget may give a module rank 0
-            cost.add(module, state.updates.get(module.name, dropped))
+            cost.add(module, state.updates.get(module.name))
             progress.advance()
     parameters = {name: _count(one) for name, one in zip(names, updates, strict=True)}
     report = cost.report()

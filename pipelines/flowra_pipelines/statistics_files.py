@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flowra_adapters.json_files import read_json_object
 from flowra_compose import ModuleStatistics
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.whole_files import replacing
@@ -163,22 +164,10 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(
             f"statistics must be a folder with {JSON_NAME}, got {path.parent}. Make one with flowra statistics."
         )
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise UserError(f"{JSON_NAME} must be at most {MAX_JSON_BYTES} bytes, got {path.stat().st_size}; {path}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_doubles)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} must be JSON, got {' '.join(str(error)[:300].split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        raise ValueError("a key twice")
-    return content
+        return read_json_object(path, limit=MAX_JSON_BYTES)
+    except ValueError as error:
+        raise UserError(" ".join(str(error).split())) from None
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -572,3 +572,18 @@ def test_a_write_that_fails_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
 def test_the_docstrings_are_true() -> None:
     module = importlib.import_module("flowra_compose.interference")
     assert doctest.testmod(module).failed == 0
+
+
+def test_a_module_that_a_budget_left_out_counts_as_an_update_of_zero() -> None:
+    module = ModuleUpdates(
+        name="fc",
+        updates=(LowRankUpdate(torch.ones(1, 3), torch.ones(2, 1)),),
+        statistics=(ModuleStatistics(inputs=torch.eye(3)),),
+    )
+    reports = []
+    for merged in (None, LowRankUpdate(torch.zeros(1, 3), torch.zeros(2, 1))):
+        meter = InterferenceMeter(tasks=("a",))
+        meter.add(module, merged)
+        reports.append(meter.report())
+    assert reports[0] == reports[1]
+    assert reports[0].predicted == {"a": 1.0}

@@ -14,8 +14,12 @@ MAX_AXES = 64  # PyTorch holds more, but cannot calculate with them
 MAX_NAME = 500  # characters; names appear in messages, and patterns are matched with them
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path, *, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """Read a JSON object of bounded size, in which no key stands twice.
+
+    Args:
+        path: of the file.
+        limit: largest size in bytes.
 
     Returns:
         The object.
@@ -25,10 +29,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ValueError(f"adapter must be a folder with {path.name}, got {path.parent}")
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise ValueError(
-            f"{path.name} must be at most {MAX_CONFIG_BYTES} bytes, got {path.stat().st_size}; in {path.parent}"
-        )
+    if path.stat().st_size > limit:
+        raise ValueError(f"{path.name} must be at most {limit} bytes, got {path.stat().st_size}; in {path.parent}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_doubles)
     except (ValueError, RecursionError) as error:

@@ -356,7 +356,7 @@ class InterferenceMeter:
             raise ValueError(f"weights must be one for each task, got {len(self.weights)} for {list(self.tasks)}")
 
     @torch.no_grad()
-    def add(self, module: ModuleUpdates, merged: LowRankUpdate) -> None:
+    def add(self, module: ModuleUpdates, merged: LowRankUpdate | None) -> None:
         """Take in one module.
 
         Where statistics hold the inputs' second moment C of a task, what the task misses is measured in it; S of the
@@ -364,13 +364,16 @@ class InterferenceMeter:
 
         Args:
             module: what was merged, with the statistics that are known; at most once each.
-            merged: what came out.
+            merged: what came out; None where a budget has left the module out, M = 0.
 
         Raises:
             ValueError: if the module does not fit the tasks, was there before or is not of the shape of what came out,
                 or statistics are of another shape or not the same in all modules.
         """
         count, name = len(self.tasks), module.name
+        if merged is None:
+            m, n = module.shape
+            merged = module.of_factors(torch.zeros(1, n), torch.zeros(m, 1))
         if len(module.updates) != count:
             raise ValueError(f"module must have updates of {count} tasks, got {len(module.updates)} for {name!r}")
         if name in self._modules or merged.shape != module.shape:
