@@ -255,7 +255,6 @@ class Suite:
                 updates=tuple(one[name] for one in self.updates),
                 statistics=tuple(each[name] for each in known),
             )
-            m, n = module.shape
             meter.add(module, merged.get(name))
         return meter.report()
 
