@@ -1,4 +1,4 @@
-"""``flowra config``: every key of the run configuration explained, and its JSON Schema. Imports nothing heavy.
+"""``flowra config``: every key of a configuration explained, and its JSON Schema. Imports nothing heavy.
 
 The schema is the one source: what ``explain`` says of types, choices and ranges is read off it.
 """
@@ -20,7 +20,7 @@ from flowra_pipelines.whole_files import replacing
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Key", "app", "config_schema", "keys", "schema_text"]
+__all__ = ["Key", "app", "composition_schema", "config_schema", "keys", "schema_text"]
 
 app = typer.Typer(name="config", help="Explain the keys of a run configuration.", no_args_is_help=True)
 
@@ -86,9 +86,10 @@ def explain(
 @app.command()
 def schema(
     output: Annotated[Path | None, typer.Option("--output", help="File to write; by default it is printed.")] = None,
+    tasks: Annotated[bool, typer.Option("--tasks", help="Of a configuration of several tasks.")] = False,
 ) -> None:
     """Print the JSON Schema of a run configuration, for editors and other tools."""
-    text = schema_text()
+    text = schema_text(composition_schema() if tasks else config_schema())
     if output is None:
         typer.echo(text, nl=False)
         return
@@ -118,9 +119,45 @@ def config_schema() -> dict[str, Any]:
     return {**described, **_tidy(made)}
 
 
-def schema_text() -> str:
-    """Return the schema as the text of a file."""
-    return json.dumps(config_schema(), indent=2, ensure_ascii=False) + "\n"
+def composition_schema() -> dict[str, Any]:
+    """Return the JSON Schema (draft 2020-12) of a configuration of several tasks.
+
+    Every key of a run may stand at the top, for all tasks, or in a task; so none of them is required in one place, and
+    that each task has what a run needs is for ``flowra run --dry-run`` to say.
+
+    Returns:
+        The schema; a description for every key, and no key beside those described.
+    """
+    from flowra_pipelines.composition_config import HERE, CompositionConfig
+
+    run = _optional(config_schema())
+    whole = _tidy(CompositionConfig.model_json_schema())
+    of_tasks = {name: node for name, node in run["properties"].items() if name not in HERE}
+    task = whole["$defs"]["ComposedTask"]
+    weight = {"weight": task["properties"]["weight"]}
+    tasks = whole["properties"].pop("tasks")
+    return {
+        **{key: run[key] for key in ("$schema", "type", "additionalProperties")},
+        "$id": "composition_config.schema.json",
+        "title": "configuration of several tasks of flowra",
+        "description": whole["description"],
+        "required": ["name", "tasks"],
+        "properties": {
+            **of_tasks,
+            **whole["properties"],
+            "tasks": {**tasks, "additionalProperties": {"$ref": "#/$defs/ComposedTask"}},
+        },
+        "$defs": {
+            **{name: each for name, each in run["$defs"].items() if name not in {"MergeConfig", "ExtraAdapter"}},
+            "MergeRuleConfig": whole["$defs"]["MergeRuleConfig"],
+            "ComposedTask": {**task, "properties": {**weight, **of_tasks}, "required": []},
+        },
+    }
+
+
+def schema_text(schema: Mapping[str, Any]) -> str:
+    """Return a schema as the text of a file."""
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
 def keys(schema: Mapping[str, Any]) -> list[Key]:
@@ -184,10 +221,23 @@ def _tidy(node: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
+def _optional(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema with no key of the top or of its sections required; items of lists keep theirs."""
+    sections = {node["$ref"].rpartition("/")[2] for node in schema["properties"].values() if "$ref" in node}
+    kept = {name: node | ({"required": []} if name in sections else {}) for name, node in schema["$defs"].items()}
+    return {**schema, "required": [], "$defs": kept}
+
+
 def _given(file: Path, overrides: Sequence[str]) -> dict[str, tuple[object, str]]:
     """Return the value in force of every key, and where it comes from: ``default``, ``file`` or ``--set``."""
+    from flowra_pipelines.composition_config import is_composition
     from flowra_pipelines.run_config import load_config, read_content
 
+    if is_composition(file):
+        raise UserError(
+            f"file must be the configuration of one run, got several tasks; in {file}. "
+            f"`flowra run {file} --dry-run` shows what each task comes to."
+        )
     config = load_config(file, overrides).model_dump(mode="json")
     content = read_content(file, overrides)
     known = {each.name for each in keys(config_schema())}

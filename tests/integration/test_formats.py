@@ -43,10 +43,10 @@ from flowra_testing.tiny_models import mlp
 from flowra_testing.tiny_runs import tiny_config
 
 FORMATS = Path(__file__).parents[2] / "docs" / "formats"
-SCHEMAS = {  # of what runs write; that of run configurations is tested beside them
+SCHEMAS = {  # of what runs write; those of run configurations are tested beside them
     path.name.removesuffix(".schema.json"): path
     for path in sorted(FORMATS.glob("*.schema.json"))
-    if path.name != "run_config.schema.json"
+    if path.name not in {"run_config.schema.json", "composition_config.schema.json"}
 }
 NOT_OF_A_RUN = {"refinement_state", "task_memory", "interference"}  # written by loops of one's own, and by merges
 READERS: dict[str, Callable[[Path], object]] = {

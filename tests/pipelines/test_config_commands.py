@@ -16,13 +16,16 @@ from jsonschema import Draft202012Validator, ValidationError
 from pydantic import BaseModel
 
 from flowra_pipelines.cli import main
-from flowra_pipelines.config_commands import config_schema, keys, schema_text
+from flowra_pipelines.composition_config import load_composition
+from flowra_pipelines.config_commands import composition_schema, config_schema, keys, schema_text
+from flowra_pipelines.errors import UserError
 from flowra_pipelines.run_config import POLICY_KEYS, RefinementConfig, RunConfig, load_config
 
 ROOT = Path(__file__).parents[2]
-COMMITTED = ROOT / "docs" / "formats" / "run_config.schema.json"
+FORMATS = ROOT / "docs" / "formats"
 DEMO = Path(str(files("flowra_pipelines").joinpath("configs", "demo.yaml")))
-SHIPPED = [*sorted((ROOT / "examples").glob("*.yaml")), DEMO]
+OF_SEVERAL_TASKS = ROOT / "examples" / "several_tasks.yaml"
+SHIPPED = [*sorted({*(ROOT / "examples").glob("*.yaml")} - {OF_SEVERAL_TASKS}), DEMO]
 MINIMAL: dict[str, Any] = {"name": "one", "model": {"path": "m"}, "data": {"train": "d.csv"}}
 Run = Callable[..., str]
 
@@ -178,12 +181,23 @@ def test_a_file_that_is_wrong_is_refused_as_by_a_run(config: Run, tmp_path: Path
 # the schema
 
 
-def test_the_committed_schema_is_the_one_that_is_printed(config: Run, tmp_path: Path) -> None:
-    assert config("schema") == schema_text() == COMMITTED.read_text(encoding="utf-8"), (
-        "run: flowra config schema --output docs/formats/run_config.schema.json"
+@pytest.mark.parametrize(
+    ("file", "made", "options"),
+    [
+        ("run_config.schema.json", config_schema, ()),
+        ("composition_config.schema.json", composition_schema, ("--tasks",)),
+    ],
+    ids=["run", "tasks"],
+)
+def test_the_committed_schema_is_the_one_that_is_printed(
+    file: str, made: Callable[[], dict[str, Any]], options: tuple[str, ...], config: Run, tmp_path: Path
+) -> None:
+    expected = (FORMATS / file).read_text(encoding="utf-8")
+    assert config("schema", *options) == schema_text(made()) == expected, (
+        f"run: flowra config schema {' '.join(options)} --output docs/formats/{file}"
     )
-    config("schema", "--output", str(tmp_path / "schema.json"))
-    assert (tmp_path / "schema.json").read_text(encoding="utf-8") == schema_text()
+    config("schema", *options, "--output", str(tmp_path / "schema.json"))
+    assert (tmp_path / "schema.json").read_text(encoding="utf-8") == expected
     assert [path.name for path in tmp_path.iterdir()] == ["schema.json"]
 
 
@@ -193,8 +207,9 @@ def test_an_output_that_cannot_be_written_is_one_line(config: Run, tmp_path: Pat
     assert "output must be a file that can be written, got" in message
 
 
-def test_the_schema_is_a_schema_that_describes_every_key() -> None:
-    schema = config_schema()
+@pytest.mark.parametrize("made", [config_schema, composition_schema], ids=["run", "tasks"])
+def test_the_schema_is_a_schema_that_describes_every_key(made: Callable[[], dict[str, Any]]) -> None:
+    schema = made()
     Draft202012Validator.check_schema(schema)
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     for section in (schema, *schema["$defs"].values()):
@@ -206,6 +221,34 @@ def test_the_schema_is_a_schema_that_describes_every_key() -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_the_schema_takes_every_shipped_configuration(path: Path) -> None:
     Draft202012Validator(config_schema()).validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def test_the_schema_of_several_tasks_takes_the_shipped_one_and_refuses_what_a_run_of_it_refuses() -> None:
+    judge = Draft202012Validator(composition_schema())
+    shipped = yaml.safe_load(OF_SEVERAL_TASKS.read_text(encoding="utf-8"))
+    judge.validate(shipped)
+    one = {"data": {"train": "d.csv"}}
+    changes: tuple[dict[str, Any], ...] = (
+        {"trainig": {}},
+        {"training": {"stepz": 1}},
+        {"parallel": 0},
+        {"merge": {"save_model": True}},
+        {"tasks": {}},
+        {"tasks": {"a": {**one, "wieght": 1}}},
+        {"tasks": {"a": {**one, "training": {"steps": 9}}}},
+        {"tasks": {"a": {**one, "merge": {"rule": "ties"}}}},
+    )
+    for change in changes:
+        with pytest.raises(ValidationError):
+            judge.validate({**shipped, **change})
+        with pytest.raises(UserError):
+            load_composition({**shipped, **change})
+
+
+def test_explaining_a_file_of_several_tasks_says_what_shows_them(config: Run) -> None:
+    message = config("explain", "--file", str(OF_SEVERAL_TASKS))
+    assert "file must be the configuration of one run, got several tasks" in message
+    assert "--dry-run" in message
 
 
 @pytest.mark.parametrize(
