@@ -98,7 +98,7 @@ def merged_frame(
     updates = [one.updates for one in adapters]
     check_weights(updates, weights)
     outlines = _checked_outlines(updates, labels)
-    source = _heads_source(adapters, labels, heads_from)
+    source = heads_source(adapters, labels, heads_from)
     bases = [one.base_model_name_or_path for one in adapters]
     task_types = [one.task_type for one in adapters]
     return AdapterState(
@@ -138,7 +138,7 @@ def _checked_outlines(
     return {name: update for name, (update, _) in seen.items()}
 
 
-def _heads_source(adapters: Sequence[AdapterState], labels: Sequence[str], heads_from: int | None) -> int | None:
+def heads_source(adapters: Sequence[AdapterState], labels: Sequence[str], heads_from: int | None) -> int | None:
     """Return the index of the adapter whose trained modules are kept, or None if no adapter has any."""
     carriers = [index for index, one in enumerate(adapters) if one.modules_to_save]
     if heads_from is not None:
