@@ -1,13 +1,14 @@
 """Many frozen adapters on one model, weighed anew at every position: y = W₀ x + Σᵢ wᵢ sᵢ Bᵢ Aᵢ x.
 
-The factors of all adapters at a module lie one beside the other along the rank, so one pass of width Σ rᵢ serves all of
-them, and its rank slices are weighed before B. No output of a single adapter is formed. The weights of a position depend
-on that position's hidden states alone, which a cache of keys and values was made with, so that cached decoding is exact.
+The factors of all adapters at a module lie one beside the other along the rank, so one pass of width Σ rᵢ serves all
+of them, and its rank slices are weighed before B. No output of a single adapter is formed. The weights of a position
+depend on that position's hidden states alone, with which its cached keys and values were made, so that decoding with a
+cache is exact.
 
 Source: Wang et al. 2024, *LoRA-Flow* (arXiv:2402.11455), equations 4 and 5. ``docs/methods.md``, section 29.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -145,7 +146,7 @@ class Fusion(nn.Module):
         self.updates = nn.ModuleList(_FusedUpdates(each) for each in updates.values())
         self._enabled = True
         self._records: list[FusionRecord] = []
-        self._undo: list[Any] = []
+        self._undo: list[Callable[[], object]] = []
         try:
             self._put_on(model, hosts, heads)
         except BaseException:
@@ -348,7 +349,7 @@ def _shape(updates: Sequence[LowRankUpdate | None]) -> tuple[int, int]:
     return next(each.shape for each in updates if each is not None)
 
 
-def _replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
+def _replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> Callable[[], None]:
     """Put tensors in the place of the model's of that name, and return what puts the model's back."""
     own = dict(model.state_dict(keep_vars=True))
     for name, tensor in tensors.items():
