@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["ProductSVD", "product_svd"]
+__all__ = ["ProductSVD", "ThinQR", "product_svd"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,6 +29,28 @@ class ProductSVD:
         return root[:, None] * self.vh[:rank], self.u[:, :rank] * root
 
 
+class ThinQR:
+    """M = Q R for M ``(m, r)``, with Q as reflectors, of which only what is asked for is formed.
+
+    Args:
+        matrix: M, float64.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self._reflectors, self._tau = torch.geqrf(matrix)
+
+    @property
+    def r(self) -> Tensor:
+        """R, ``(min(m, r), r)``."""
+        return self._reflectors[: len(self._tau)].triu()
+
+    def times(self, columns: Tensor) -> Tensor:
+        """Return Q X, ``(m, c)``, for X ``(min(m, r), c)``."""
+        padded = columns.new_zeros(len(self._reflectors), columns.shape[1])
+        padded[: len(columns)] = columns
+        return torch.ormqr(self._reflectors[:, : len(self._tau)], self._tau, padded)
+
+
 def product_svd(a: Tensor, b: Tensor) -> ProductSVD:
     """Decompose B A for A ``(r, n)`` and B ``(m, r)``.
 
@@ -38,7 +60,6 @@ def product_svd(a: Tensor, b: Tensor) -> ProductSVD:
     Returns:
         The decomposition, in float64 on the device of the factors.
     """
-    q_a, r_a = torch.linalg.qr(a.double().T)
-    q_b, r_b = torch.linalg.qr(b.double())
-    u, sigma, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    return ProductSVD(q_b @ u, sigma, vh @ q_a.T)
+    right, left = ThinQR(a.double().T), ThinQR(b.double())
+    u, sigma, vh = torch.linalg.svd(left.r @ right.r.T, full_matrices=False)
+    return ProductSVD(left.times(u), sigma, right.times(vh.T).T)

@@ -14,7 +14,7 @@ computed from the factors, in float64; the rank may differ by module, or follow 
 number of parameters; what is lost is told; both factors get the square roots of the singular values.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from flowra_compose.low_rank import LowRankUpdate
 from flowra_compose.module_updates import ModuleUpdates
-from flowra_compose.product_svd import product_svd
+from flowra_compose.product_svd import ThinQR, product_svd
 from flowra_compose.side_moments import SHRINKAGE, SideMoments, cholesky
 from flowra_compose.statistics import ModuleStatistics
 
@@ -141,10 +141,10 @@ class MetricSVD:
     """ΔW."""
     sigma: Tensor
     """``(k,)``, k = min(m, n, r), non-increasing, zero where within rounding of it; float64."""
-    left: Tensor
-    """``(m, k)``, float64."""
-    right: Tensor
-    """``(k, n)``, float64."""
+    left: Callable[[int], Tensor]
+    """Gives its first columns, ``(m, rank)``, float64."""
+    right: Callable[[int], Tensor]
+    """Gives its first rows, ``(rank, n)``, float64."""
     metric: Metric
     """That of C̄ and S̄, of C̄ alone, or of neither."""
 
@@ -159,7 +159,7 @@ class MetricSVD:
         """Return what settings keep of ΔW; of one that is 0, rank 1 of zeros."""
         kept, tails = max(1, self.kept(rank=rank, energy=energy)), self._tails()
         root = self.sigma[:kept].sqrt()
-        a, b = root[:, None] * self.right[:kept], self.left[:, :kept] * root
+        a, b = root[:, None] * self.right(kept), self.left(kept) * root
         if self.metric != "frobenius":
             a, b = product_svd(a, b).balanced_factors(kept)
         return TruncatedUpdate(
@@ -199,25 +199,27 @@ def metric_svd(update: LowRankUpdate, statistics: Sequence[ModuleStatistics], *,
         outputs = []
     core_a, back_a = _in_metric(a.T, inputs, where)
     core_b, back_b = _in_metric(b, outputs, where)
-    svd = product_svd(core_a.T, core_b)
+    u, sigma, vh = torch.linalg.svd(core_b @ core_a.T, full_matrices=False)
     rounding = torch.finfo(torch.float64).eps * max(update.shape) * float(core_b.norm(dim=0) @ core_a.norm(dim=0))
     return MetricSVD(
         update=update,
-        sigma=torch.where(svd.sigma > rounding, svd.sigma, 0),
-        left=back_b @ svd.u,
-        right=svd.vh @ back_a.T,
+        sigma=torch.where(sigma > rounding, sigma, 0),
+        left=lambda rank: back_b(u[:, :rank]),
+        right=lambda rank: back_a(vh[:rank].T).T,
         metric="inputs_and_outputs" if outputs else "inputs" if inputs else "frobenius",
     )
 
 
-def _in_metric(columns: Tensor, moments: Sequence[Tensor], where: str) -> tuple[Tensor, Tensor]:
-    """Return R and P: P R are the columns, Pᵀ M̄ P the identity, for M̄ the sum of the moments, without any I."""
-    q, r = torch.linalg.qr(columns)
+def _in_metric(columns: Tensor, moments: Sequence[Tensor], where: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return R, and what multiplies by P: P R are the columns, Pᵀ M̄ P = I, for M̄ the sum of the moments, or I."""
     if not moments:
-        return r, q
+        qr = ThinQR(columns)
+        return qr.r, qr.times
+    q, r = torch.linalg.qr(columns)
     gram = q.T @ SideMoments.toward_identity(moments, SHRINKAGE).total_times(q)
     root = cholesky((gram + gram.T) / 2, where=where)
-    return root.T @ r, torch.linalg.solve_triangular(root, q.T, upper=False).T
+    back = torch.linalg.solve_triangular(root, q.T, upper=False).T
+    return root.T @ r, lambda coordinates: back @ coordinates
 
 
 @torch.no_grad()
