@@ -19,7 +19,7 @@ from flowra_pipelines.errors import UserError
 from flowra_pipelines.run_config import DataConfig
 from flowra_pipelines.sources import resolve
 
-__all__ = ["Examples", "LabelKind", "Spread", "TextData", "load_text_data", "tokenise"]
+__all__ = ["Examples", "LabelKind", "Spread", "TextData", "load_text_data", "read_columns", "tokenise"]
 
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
 COMPRESSIONS = {".bz2", ".gz", ".xz", ".zst", ".zip"}
@@ -159,7 +159,7 @@ def _read(source: str, split: str, config: DataConfig, label: LabelKind | None, 
     """Read the rows whose columns are all filled."""
     wanted = {"text": config.text, "text_pair": config.text_pair, "label": config.label if label else None}
     columns = {key: column for key, column in wanted.items() if column is not None}
-    values = _columns(source, split, columns)
+    values = read_columns(source, split, columns)
     rows = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
     kept = [row for row in rows if all(row[key] is not None and row[key] != "" for key in columns)]
     if not kept:
@@ -173,8 +173,20 @@ def _read(source: str, split: str, config: DataConfig, label: LabelKind | None, 
     return kept
 
 
-def _columns(source: str, split: str, columns: Mapping[str, str]) -> dict[str, list[Any]]:
-    """Read columns by key; a class is read by its name."""
+def read_columns(source: str, split: str, columns: Mapping[str, str]) -> dict[str, list[Any]]:
+    """Read columns as they are.
+
+    Args:
+        source: see :class:`DataConfig`.
+        split: of a Hub data set.
+        columns: key to the name of a column.
+
+    Returns:
+        Key to the values of every row; a class is read by its name.
+
+    Raises:
+        UserError: if the source is missing or unreadable, or lacks a column.
+    """
     path = resolve(source)
     kind = None if path is None else _format(path)
     try:

@@ -32,7 +32,7 @@ from flowra_pipelines.sources import resolve
 from flowra_pipelines.statistics_files import read_task_statistics
 from flowra_pipelines.task_statistics import MeasureSettings, data_source, measure_adapter
 
-__all__ = ["MergeJob", "reader_of", "run_merge"]
+__all__ = ["MergeJob", "check_out", "reader_of", "run_merge"]
 
 OURS = ("adapter_config.json", "adapter_model.safetensors", "README.md", "interference.json")
 """What an earlier merge may have left in its folder."""
@@ -83,7 +83,7 @@ def run_merge(job: MergeJob) -> Merged:
         UserError: for what the user can put right.
     """
     folders, names = [adapter_folder(source) for source in job.sources], task_names(job.sources)
-    _check_out(job.out, folders)
+    check_out(job.out, folders, OURS)
     for what, given in (("statistics", job.statistics), ("data", job.data)):
         if given and len(given) != len(folders):
             raise UserError(f"{what} must be one for each adapter, in their order, got {len(given)} for {len(folders)}")
@@ -168,13 +168,22 @@ def _size_of(base: str) -> int:
     return sum(tensor.numel() for tensor in base_weights(path).values())
 
 
-def _check_out(out: Path, folders: Sequence[Path]) -> None:
-    """Refuse a folder that must not be written over."""
+def check_out(out: Path, folders: Sequence[Path], ours: Sequence[str]) -> None:
+    """Refuse a folder that must not be written over.
+
+    Args:
+        out: to be written.
+        folders: inputs.
+        ours: files that an earlier result may have left.
+
+    Raises:
+        UserError: if it is an input, or holds something else.
+    """
     if out.resolve() in {folder.resolve() for folder in folders}:
         raise UserError(f"out must be a folder of its own, got {out}, which is an input")
     if out.exists() and not out.is_dir():
         raise UserError(f"out must be a folder, got the file {out}")
-    others = sorted(each.name for each in out.iterdir() if each.name not in OURS) if out.is_dir() else []
+    others = sorted(each.name for each in out.iterdir() if each.name not in ours) if out.is_dir() else []
     if others:
         raise UserError(f"out must be a new folder or an earlier result, got {out} with {others[0]}. Give --out.")
 

@@ -46,6 +46,7 @@ __all__ = [
     "adapted_model",
     "adapted_run",
     "adapter_hash",
+    "bare_model",
     "data_source",
     "measure_adapter",
     "measure_run",
@@ -107,6 +108,28 @@ def adapted_model(folder: Path, base: str | None = None) -> AdaptedModel:
         UserError: if base or task are not known, the head is neither in the adapter nor in the base, or the two do not
             fit.
     """
+    bare = bare_model(folder, base)
+    try:
+        load_adapter(bare.model, folder)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    nn.Module.to(bare.model, torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    return bare
+
+
+def bare_model(folder: Path, base: str | None = None) -> AdaptedModel:
+    """Load the base of an adapter with a head for its task, and leave the adapter off.
+
+    Args:
+        folder: of the adapter.
+        base: see :func:`adapted_model`.
+
+    Returns:
+        The model, on the CPU; a head that the adapter brings still has fresh values.
+
+    Raises:
+        UserError: if base or task are not known, or the head is neither in the adapter nor in the base.
+    """
     config = next((folder / name for name in CONFIGS if (folder / name).is_file()), folder / CONFIGS[-1])
     try:
         said = read_json_object(config)
@@ -127,11 +150,6 @@ def adapted_model(folder: Path, base: str | None = None) -> AdaptedModel:
         if bare:
             raise UserError(f"adapter must bring its head, or the base must, got none for {bare[0]!r}; in {folder}")
     hashed = base_hash(model, without=heads)
-    try:
-        load_adapter(model, folder)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    nn.Module.to(model, torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()
     return AdaptedModel(model=model, task=task, tokenizer=load_tokenizer(settings), base=hashed)
 
 
@@ -340,7 +358,7 @@ def _task(
         return "causal_lm", nothing
     if task_type != "SEQ_CLS":
         raise UserError(
-            f"task type must be SEQ_CLS or CAUSAL_LM for statistics, got {task_type}; in {folder}. Set `task_type` in"
+            f"task type must be SEQ_CLS or CAUSAL_LM, got {task_type}; in {folder}. Set `task_type` in"
             " its configuration."
         )
     path = resolve(base)

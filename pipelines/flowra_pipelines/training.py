@@ -17,10 +17,12 @@ from flowra_pipelines.errors import UserError
 from flowra_pipelines.progress import Meter, meter
 from flowra_pipelines.run_config import TrainingConfig
 
-__all__ = ["LossCurve", "build_optimizer", "data_order", "learning_rate_factor", "train_phase"]
+__all__ = ["LossCurve", "LossOfBatch", "build_optimizer", "data_order", "learning_rate_factor", "train_phase"]
 
 LossCurve = list[tuple[int, float, float]]
 """(finished steps, loss, learning rate)."""
+LossOfBatch = Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor]
+"""Given the model and a batch on its device, the loss to descend."""
 
 
 def data_order(
@@ -125,6 +127,7 @@ def train_phase(
     description: str,
     rng: torch.Tensor | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    loss: LossOfBatch | None = None,
 ) -> LossCurve:
     """Train from ``first_step`` to ``last_step`` of a schedule of ``config.steps``.
 
@@ -143,6 +146,7 @@ def train_phase(
         description: shown with the progress.
         rng: state of torch's CPU generator to continue from.
         callbacks: such as the refinement.
+        loss: of a batch; by default the model's own.
 
     Returns:
         Loss and learning rate after each step.
@@ -162,7 +166,7 @@ def train_phase(
     scheduler = LambdaLR(optimizer, lambda done: learning_rate_factor(first_step + done, config))
     with meter(description, last_step - first_step) as progress, tempfile.TemporaryDirectory() as scratch:
         watch = _Watch(progress, first_step, rng)
-        trainer = Trainer(
+        trainer = _Trainer(
             model=model,
             args=TrainingArguments(
                 output_dir=scratch,
@@ -186,12 +190,31 @@ def train_phase(
             optimizers=(optimizer, scheduler),
             callbacks=[*callbacks, watch],
         )
+        trainer.loss = loss
         for printer in [
             each for each in trainer.callback_handler.callbacks if type(each).__name__ == "PrinterCallback"
         ]:
             trainer.remove_callback(printer)
         trainer.train()
     return watch.curve
+
+
+class _Trainer(Trainer):
+    """A trainer that may be told the loss."""
+
+    loss: LossOfBatch | None = None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:  # noqa: ANN401 - as the trainer declares it
+        """Return the loss of a batch."""
+        if self.loss is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return self.loss(model, inputs)
 
 
 @dataclass

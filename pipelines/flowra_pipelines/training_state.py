@@ -80,7 +80,8 @@ def restore_moments(state: TrainingState, model: nn.Module, optimizer: Optimizer
             raise UserError(
                 f"training state must fit the model, got {tuple(value.shape)} for {key!r}. Rerun the stage before."
             )
-        optimizer.state[parameters[name]][moment] = value.clone()
+        device = "cpu" if moment == "step" else parameters[name].device  # where the optimisers of torch count
+        optimizer.state[parameters[name]][moment] = value.to(device, copy=True)
 
 
 def write_training_state(state: TrainingState, folder: Path) -> None:
