@@ -51,10 +51,14 @@ class FusionRecord:
             raise ValueError(f"places must have weights for the same positions, got {got or 'none'}")
         return torch.stack(joined)
 
-    def entropy(self) -> Tensor:
+    def entropy(self, mask: Tensor | None = None) -> Tensor:
         """Return the mean over places and positions of −Σ p log p of the shares, in nats: 0 picks one, log k mixes all.
 
-        It has a gradient where the weights have one; add it to a loss for gates that decide.
+        It has a gradient where the weights have one; add it to a loss for gates that decide. At W_g = 0 that gradient
+        is 0, for there the entropy is largest.
+
+        Args:
+            mask: ``(batch, positions)``, nonzero at real tokens; a place that sees other positions counts whole.
 
         Raises:
             ValueError: if nothing was recorded.
@@ -62,27 +66,35 @@ class FusionRecord:
         shares = [each for calls in self.shares.values() for each in calls]
         if not shares:
             raise ValueError("shares must have been recorded, got none. Run the model inside of `with recording()`.")
-        return torch.stack([torch.special.entr(each).sum(-1).mean() for each in shares]).mean()
+        means = []
+        for each in shares:
+            entropies = torch.special.entr(each).sum(-1)
+            if mask is not None and mask.shape == entropies.shape:
+                entropies = entropies[mask.bool()]
+            means.append(entropies.mean())
+        return torch.stack(means).mean()
 
 
 class _Slot:
-    """The weights in force for the modules of a block, and what has been made of them."""
+    """The weights in force for the modules of a block, repeated along the ranks of each.
+
+    All are made when the gate answers: a block that is run again from a checkpoint of its activations, with or without
+    its hooks, then does what it did before.
+    """
 
     def __init__(self) -> None:
+        self.modules: list[_FusedUpdates] = []
         self.weights: Tensor | None = None
         self.expanded: dict[tuple[tuple[int, ...], torch.dtype], Tensor] = {}
+        self.gradients = False
 
-    def set(self, weights: Tensor | None) -> None:
+    def set(self, weights: Tensor) -> None:
         self.weights = weights
+        self.gradients = torch.is_grad_enabled()
         self.expanded.clear()
-
-    def of_ranks(self, updates: "_FusedUpdates") -> Tensor:
-        """Repeat each weight along the ranks of its adapter."""
-        key = updates.ranks, updates.lora_A.dtype
-        if key not in self.expanded:
-            assert self.weights is not None
-            self.expanded[key] = updates.expanded(self.weights)
-        return self.expanded[key]
+        for each in self.modules:
+            if each.kind not in self.expanded:
+                self.expanded[each.kind] = each.expanded(weights)
 
 
 class _FusedUpdates(nn.Module):
@@ -104,6 +116,11 @@ class _FusedUpdates(nn.Module):
         self.register_buffer("lora_A", a, persistent=False)
         self.register_buffer("lora_B", b.contiguous(), persistent=False)
         self.register_buffer("owners", torch.tensor(owners), persistent=False)
+
+    @property
+    def kind(self) -> tuple[tuple[int, ...], torch.dtype]:
+        """What modules have in common whose expanded weights are the same."""
+        return self.ranks, self.lora_A.dtype
 
     def coordinates(self, x: Tensor) -> Tensor:
         """Return A x, ``(…, Σ rᵢ)``."""
@@ -211,13 +228,6 @@ class Fusion(nn.Module):
             assert isinstance(one, _FusedUpdates)
             block = next((each for each in slots if name.startswith(f"{each}.")), None)
             self._watch_module(host, name, one, None if block is None else slots[block])
-        if self.routing.level == "layer":  # a block that is run again in the backward pass asks its gate again
-
-            def forget(*_: object) -> None:
-                for slot in slots.values():
-                    slot.set(None)
-
-            self._undo.append(model.register_forward_hook(forget).remove)
 
     def _watch_block(self, block: nn.Module, name: str, slot: _Slot) -> None:
         place = name if self.routing.level == "layer" else ""
@@ -230,6 +240,9 @@ class Fusion(nn.Module):
         self._undo.append(block.register_forward_pre_hook(before, with_kwargs=True).remove)
 
     def _watch_module(self, host: nn.Module, name: str, updates: _FusedUpdates, slot: _Slot | None) -> None:
+        if slot is not None:
+            slot.modules.append(updates)
+
         def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if not self._enabled:
                 return None
@@ -243,7 +256,12 @@ class Fusion(nn.Module):
                         f"modules must see the positions that their block saw, got {tuple(x.shape)} at {name!r}."
                         " Use gates of level 'module' for this model."
                     )
-                expanded = slot.of_ranks(updates)
+                if slot.gradients != torch.is_grad_enabled():
+                    raise RuntimeError(
+                        f"modules must keep gradients where their gate does, got other modes at {name!r}."
+                        " Checkpoint activations with use_reentrant=False."
+                    )
+                expanded = slot.expanded[updates.kind]
             return updates.added(output, coordinates, expanded)
 
         self._undo.append(host.register_forward_hook(after).remove)
@@ -356,6 +374,9 @@ def _replaced(model: nn.Module, tensors: Mapping[str, Tensor]) -> Callable[[], N
         if name not in own or own[name].shape != tensor.shape:
             got = "none" if name not in own else f"{tuple(own[name].shape)}"
             raise ValueError(f"heads must fit the model, got {tuple(tensor.shape)} for {name!r} where it has {got}")
+        tied = [other for other, value in own.items() if value is own[name] and other not in tensors]
+        if tied:
+            raise ValueError(f"heads must be tied to no other weight, got {name!r}, which is {tied[0]!r}. Untie them.")
     before = {name: own[name].detach().clone() for name in tensors}
 
     def put(values: Mapping[str, Tensor]) -> None:

@@ -1,5 +1,6 @@
 """Gates as files without pickle (docs/formats/gates.md): safetensors, and JSON that names the adapters they know."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -25,8 +27,16 @@ KEYS = {"format_version", "options", "adapters", "places", "sha256"}
 
 
 def adapter_fingerprint(adapter: AdapterState) -> str:
-    """Return a SHA-256 of what an adapter adds to each module: the same for the same updates, wherever they lie."""
-    return fingerprint(adapter.updates)
+    """Return a SHA-256 of what an adapter adds to each module: A, and s B as :func:`write_adapter` writes it.
+
+    So an adapter has one fingerprint in memory and in the files that it is written to.
+    """
+    parts = {}
+    for name, one in adapter.updates.items():
+        a, b = one.lora_A.detach(), one.lora_B.detach()
+        scaled = (one.scaling * b.to(torch.promote_types(b.dtype, torch.float32))).to(b.dtype)
+        parts[name] = fingerprint(a, scaled, one.layout, one.kernel)
+    return fingerprint(parts)
 
 
 def write_gates(gates: Gates, adapters: Mapping[str, AdapterState], folder: str | Path) -> None:
@@ -38,10 +48,13 @@ def write_gates(gates: Gates, adapters: Mapping[str, AdapterState], folder: str 
         folder: to write to.
 
     Raises:
-        ValueError: if there is not one adapter for each weight of the gates.
+        ValueError: if there is not one adapter for each weight of the gates, or a gate is not finite and float32.
     """
     if len(adapters) != gates.adapters:
         raise ValueError(f"adapters must be {gates.adapters}, as the gates weigh, got {len(adapters)}")
+    odd = [name for name, each in gates.named_parameters() if each.dtype != torch.float32 or not each.isfinite().all()]
+    if odd:
+        raise ValueError(f"gates must be finite and float32, got others in {odd[:3]}. Convert them with gates.float().")
     tensors = {name: each.detach().to("cpu", copy=True).contiguous() for name, each in gates.state_dict().items()}
     content: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -51,7 +64,7 @@ def write_gates(gates: Gates, adapters: Mapping[str, AdapterState], folder: str 
     }
     with replacing(*(Path(folder) / name for name in FILES)) as (tensors_file, json_file):
         safetensors.torch.save_file(dict(sorted(tensors.items())), tensors_file)
-        content["sha256"] = fingerprint(tensors_file)
+        content["sha256"] = _sha256(tensors_file)
         json_file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
@@ -72,13 +85,17 @@ def read_gates(folder: str | Path, adapters: Mapping[str, AdapterState]) -> Gate
     tensors_file, json_file = (Path(folder) / name for name in FILES)
     try:
         content = _content(json_file)
-        if fingerprint(tensors_file) != content["sha256"]:
+        if _sha256(tensors_file) != content["sha256"]:
             raise ValueError(f"sha256 must be that of {tensors_file.name}, got {content['sha256']!r}")
         known = [(each["name"], each["sha256"]) for each in content["adapters"]]
         places = {each["name"]: each["width"] for each in content["places"]}
         if len(places) != len(content["places"]) or not all(type(each) is int and each > 0 for each in places.values()):
             raise ValueError("places must be distinct names with widths > 0")
-        gates = Gates(places, len(known), _options(content["options"]))
+        options = _options(content["options"])
+        rows = len(known) if options.rank is None else options.rank
+        if 4 * rows * sum(places.values()) > tensors_file.stat().st_size:  # before memory is taken for them
+            raise ValueError(f"places must be no wider than {tensors_file.name}, got {sum(places.values())} in all")
+        gates = Gates(places, len(known), options)
         _load(gates, safetensors.torch.load_file(tensors_file))
     except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError, SafetensorError) as error:
         problem = " ".join(f"{type(error).__name__}: {error}".split())
@@ -131,8 +148,11 @@ def _options(content: dict[str, Any]) -> GateOptions:
 
 
 def _same_keys(content: object, keys: set[str], what: str) -> None:
-    if not isinstance(content, dict) or content.keys() != keys:
-        raise ValueError(f"keys of {what} must be {sorted(keys)}, got {str(content)[:100]}")
+    if not isinstance(content, dict):
+        raise ValueError(f"{what} must be an object, got {type(content).__name__}")
+    missing, unknown = sorted(keys - content.keys()), sorted(content.keys() - keys)
+    if missing or unknown:
+        raise ValueError(f"keys of {what} must be {sorted(keys)}, got missing {missing} and unknown {unknown}")
 
 
 def _load(gates: Gates, tensors: Mapping[str, Tensor]) -> None:
@@ -143,6 +163,11 @@ def _load(gates: Gates, tensors: Mapping[str, Tensor]) -> None:
         if tensor.shape != own[name].shape or tensor.dtype != own[name].dtype or not tensor.isfinite().all():
             raise ValueError(f"{name} must be finite {tuple(own[name].shape)} float32, got {tuple(tensor.shape)}")
     gates.load_state_dict({name: each.clone() for name, each in tensors.items()})
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _refuse_constant(name: str) -> None:

@@ -96,7 +96,7 @@ def blocks_of(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 
 def block_of(model: nn.Module, name: str) -> str | None:
-    """Return the outermost repeated block around a module: an item of an ``nn.ModuleList`` or ``nn.Sequential``."""
+    """Return the outermost repeated block around a module, an item of an ``nn.ModuleList``; None if there is none."""
     parts = name.split(".")
     at: Any = model
     for index, part in enumerate(parts[:-1]):
