@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from flowra_pipelines import config_commands, merge_commands, plan_commands, profile_commands
+from flowra_pipelines import config_commands, fuse_commands, merge_commands, plan_commands, profile_commands
 from flowra_pipelines.errors import explain
 from flowra_pipelines.one_stage import quiet, run_one_stage
 
@@ -26,6 +26,7 @@ app = typer.Typer(
 app.add_typer(config_commands.app)
 app.add_typer(profile_commands.app)
 app.add_typer(plan_commands.app)
+app.add_typer(fuse_commands.app)
 
 Config = Annotated[Path, typer.Argument(help="YAML file of the run.", show_default=False)]
 Overrides = Annotated[

@@ -29,11 +29,21 @@ from flowra_allocation import (
 from flowra_allocation.refinement_files import read_refinement_state
 from flowra_analysis import FlowProfile, ModuleProfile, read_profile, write_profile
 from flowra_compose import AdapterState, LowRankUpdate, ModuleUpdates, read_adapter, write_adapter
+from flowra_compose.fusion import (
+    GateInspection,
+    GateOptions,
+    Gates,
+    TextWeights,
+    failure_signs,
+    read_gates,
+    write_gates,
+)
 from flowra_compose.interference import InterferenceMeter
 from flowra_compose.interference_files import read_interference, write_interference
 from flowra_compose.memory import TaskMemory
 from flowra_compose.memory_files import read_task_memory, write_task_memory
 from flowra_compose.statistics import ModuleStatistics
+from flowra_pipelines.fuse_inspection import Inspected, inspection_content
 from flowra_pipelines.run_config import RunConfig, load_config
 from flowra_pipelines.stages.record import STAGES, StageResult, read_record, run_stage
 from flowra_pipelines.stages.setting import base_model, load_setting
@@ -48,7 +58,17 @@ SCHEMAS = {  # of what runs write; those of run configurations are tested beside
     for path in sorted(FORMATS.glob("*.schema.json"))
     if path.name not in {"run_config.schema.json", "composition_config.schema.json"}
 }
-NOT_OF_A_RUN = {"refinement_state", "task_memory", "interference"}  # written by loops of one's own, and by merges
+NOT_OF_A_RUN = {  # written by loops of one's own, by merges, and by `flowra fuse`
+    "refinement_state",
+    "task_memory",
+    "interference",
+    "fusion_inspection",
+    "gates",
+}
+FUSED = {
+    name: AdapterState(updates={"fc": LowRankUpdate(torch.eye(3)[:2], torch.ones(4, 2), scaling)})
+    for name, scaling in (("a", 1.0), ("b", -0.5))
+}
 READERS: dict[str, Callable[[Path], object]] = {
     "profile": read_profile,
     "plan": read_plan,
@@ -56,6 +76,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "refinement_state": read_refinement_state,
     "interference": read_interference,
     "task_memory": read_task_memory,
+    "gates": lambda folder: read_gates(folder, FUSED),
 }
 WIDER: dict[str, Any] = {"target_parameters": ["fc.weight"]}  # what flowra_adapters reads and nothing composes
 MEANING: dict[str, Any] = {
@@ -113,6 +134,9 @@ def artifacts(run: RunConfig, tmp_path: Path) -> dict[str, Path]:
         copied[name] = tmp_path / name / f"{name}.json"
     refinement().save(tmp_path / "refinement_state")
     made = {"interference": interference(tmp_path / "interference"), "task_memory": task_memory(tmp_path / "memory")}
+    write_gates(Gates({"fc": 3}, 2, GateOptions(level="module")), FUSED, tmp_path / "gates")
+    made["gates"] = tmp_path / "gates" / "gates.json"
+    made["fusion_inspection"] = fusion_inspection(tmp_path / "inspection.json")
     return copied | made | {"refinement_state": tmp_path / "refinement_state" / "refinement_state.json"}
 
 
@@ -137,6 +161,18 @@ def interference(folder: Path) -> Path:
     for name, updates in (("fc", (one, other)), ("out", (one, None))):
         meter.add(ModuleUpdates(name=name, updates=updates, statistics=(None, None)), one)
     return write_interference(meter.report(), folder)
+
+
+def fusion_inspection(path: Path) -> Path:
+    """Write what was seen of gates at two layers, on three tokens."""
+    weights = torch.rand(2, 3, 2, dtype=torch.float64)
+    text = TextWeights(tokens=("a", "b", "c"), weights=weights, shares=weights)
+    places = ("h.0", "h.1")
+    seen = GateInspection(adapters=("x", "y"), level="layer", places=places, texts=(text,), options=GateOptions())
+    signs = tuple(failure_signs(seen))
+    found = Inspected(inspection=seen, validation=seen, signs=signs, shown=1, cut=0, length=3)
+    path.write_text(json.dumps(inspection_content(found), allow_nan=False), encoding="utf-8")
+    return path
 
 
 def task_memory(folder: Path) -> Path:
@@ -235,7 +271,7 @@ def test_a_refinement_s_state_follows_its_schema_and_its_history_that_of_histori
 
 
 @pytest.mark.parametrize(
-    "name", ["profile", "plan", "training_state", "refinement_state", "interference", "task_memory", "stage"]
+    "name", ["profile", "plan", "training_state", "refinement_state", "interference", "task_memory", "gates", "stage"]
 )
 def test_every_required_key_is_required_by_the_reader_too(name: str, artifacts: dict[str, Path]) -> None:
     path = artifacts[name]
@@ -265,10 +301,29 @@ def test_an_interference_report_follows_its_schema_with_and_without_scores(artif
     validator("interference").validate({**content, "scores": {"a": scores, "b": scores}})
 
 
+def test_an_inspection_follows_its_schema_with_and_without_validation(artifacts: dict[str, Path]) -> None:
+    content = load(artifacts["fusion_inspection"])
+    assert content["signs"]
+    validator("fusion_inspection").validate(content)
+    validator("fusion_inspection").validate({**content, "validation": None})
+
+
 def test_a_task_memory_follows_its_schema_before_and_after_a_task(artifacts: dict[str, Path], tmp_path: Path) -> None:
     validator("task_memory").validate(load(artifacts["task_memory"]))
     write_task_memory(TaskMemory.empty({"fc": (4, 3)}), tmp_path / "empty")
     validator("task_memory").validate(load(tmp_path / "empty" / "task_memory.json"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [GateOptions(), GateOptions(level="step", initial="uniform"), GateOptions(rank=1, top_k=1, temperature=1.1)],
+    ids=["usual", "one for all", "low rank"],
+)
+def test_gates_follow_their_schema(options: GateOptions, tmp_path: Path) -> None:
+    places = {"": 3} if options.level == "step" else {"blocks.0": 3, "blocks.1": 3}
+    write_gates(Gates(places, 2, options), FUSED, tmp_path)
+    validator("gates").validate(load(tmp_path / "gates.json"))
+    assert read_gates(tmp_path, FUSED).options == options
 
 
 # values made by hand

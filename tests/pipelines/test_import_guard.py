@@ -26,7 +26,9 @@ def imported(program: str, *arguments: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["ui", "--help"], ["config", "explain"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["fuse", "train", "--help"], ["ui", "--help"], ["config", "explain"]]
+)
 def test_a_command_that_only_explains_imports_nothing_heavy(arguments: list[str]) -> None:
     assert not (HEAVY | {"prefect"}) & imported(COMMAND, *arguments)
 
