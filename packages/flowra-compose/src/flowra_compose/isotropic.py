@@ -7,7 +7,8 @@ common space: with U_c the first c left singular vectors, those of (I - U_c U_c�
 tasks gets t = round((q - ⌊common · q⌋) / T), at most ⌊q / T⌋, and c = q - T t. Left and right vectors are replaced by
 their polar factors (``singular_vectors.py``) and all singular values by their mean.
 
-All of it is computed from the factors.
+All of it is computed from the factors. Since all singular values are equal, a truncation in the Frobenius norm has no
+reason to prefer one direction: what it keeps is decided by rounding. In the metric of moments it has.
 
 Source: Marczak et al. 2025, *No Task Left Behind* (arXiv:2502.04959): Iso-C and Iso-CTS, share 0.8.
 ``docs/methods.md``, section 25. Deviations: q is the rank of the sum where the paper, which merges full matrices, has

@@ -175,6 +175,10 @@ class Fusion(nn.Module):
         """K."""
         return len(self.names)
 
+    def forward(self, output: Tensor) -> Tensor:
+        """Return what it is given: an ``nn.Sequential`` calls its children, and this is the last."""
+        return output
+
     def remove(self) -> None:
         """Take the adapters off: the model is bit for bit what it was, flags and heads included. Twice is no error."""
         while self._undo:

@@ -392,7 +392,7 @@ def _same_for_all_tokens(inspection: GateInspection) -> list[FailureSign]:
     )
     if max(inspection.spread_over_places()) >= SAME_WEIGHTS:
         advice = (
-            "A static merge does the same without gates, with weights by layer: the means below. Weights of whole"
+            "A static merge does the same without gates, with the mean weights of each layer. Weights of whole"
             f" adapters come nearest with {weights} for {', '.join(inspection.adapters)}."
         )
     return [
