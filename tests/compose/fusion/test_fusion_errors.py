@@ -11,7 +11,7 @@ from transformers import BertForSequenceClassification, T5Config, T5ForCondition
 from compose.fusion.families import PAD, family, ids
 from compose.fusion.stacks import adapter, adapters_of, merged, randomised, stack, states
 from flowra_compose import AdapterState, LowRankUpdate
-from flowra_compose.fusion import GateOptions, StaticWeights, fuse, gates_for
+from flowra_compose.fusion import Arrow, GateOptions, SpectR, StaticWeights, fuse, gates_for
 from flowra_testing.tiny_models import bert_classifier, mlp, seeded
 
 
@@ -150,6 +150,17 @@ def test_gates_of_another_model_are_refused(level: Any) -> None:  # noqa: ANN401
         fuse(model, adapters_of(model, "stack"), gates)
     assert set(model.state_dict()) == before
     assert all(each.requires_grad for each in model.parameters())
+
+
+@pytest.mark.parametrize("make", [Arrow, SpectR])
+def test_untrained_routing_made_of_other_adapters_is_refused(make: type[Arrow | SpectR]) -> None:
+    model = stack()
+    adapters = adapters_of(model, "stack")
+    others = list(reversed(adapters.values()))
+    with pytest.raises(ValueError, match=f"routing must be made of the adapters that are fused.*got {make.__name__}"):
+        fuse(model, adapters, make([one.updates for one in others]))
+    with fuse(model, adapters, make([one.updates for one in adapters.values()])):
+        model(states())
 
 
 # architectures

@@ -276,6 +276,28 @@ def test_a_record_holds_what_was_used_and_its_entropy() -> None:
             empty.stacked()
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_entropy_of_a_record_leaves_out_what_a_mask_leaves_out(level: Any) -> None:  # noqa: ANN401 - a literal
+    model, hidden = stack(), states()
+    adapters = adapters_of(model, "stack", 3)
+    gates = randomised(gates_for(model, adapters, GateOptions(level=level)))
+    mask = torch.ones(hidden.shape[:2], dtype=torch.long)
+    mask[0, 2:] = 0
+    with fuse(model, adapters, gates) as fusion, fusion.recording() as record:
+        model(hidden)
+    each = [torch.special.entr(shares[0]).sum(-1)[mask.bool()].mean() for shares in record.shares.values()]
+    torch.testing.assert_close(record.entropy(mask), torch.stack(each).mean())
+    assert not torch.isclose(record.entropy(mask), record.entropy())
+
+
+def test_a_single_position_without_a_batch_is_fused() -> None:
+    model, hidden = stack(), states()
+    adapters = adapters_of(model, "stack")
+    gates = randomised(gates_for(model, adapters, GateOptions(level="module")))
+    with fuse(model, adapters, gates):
+        torch.testing.assert_close(model(hidden[0, 0]), model(hidden)[0, 0])
+
+
 def test_the_entropy_of_a_record_teaches_gates_to_decide() -> None:
     model = stack()
     adapters = adapters_of(model, "stack", 3)

@@ -51,12 +51,10 @@ def test_no_output_of_a_single_adapter_is_formed_or_kept() -> None:
     model = stack(width=WIDTH, layers=2, dtype=torch.float32)
     _, sides = kept(model, ranks(model, 8, RANK), "layer")
     assert max(sides) == 2 * WIDTH
-    widest = 0
     adapters = ranks(model, 8, RANK)
     with fuse(model, adapters, gates_for(model, adapters)), Largest() as largest:
         model(states(size=1, length=POSITIONS, width=WIDTH, dtype=torch.float32))
-    widest = largest.numbers
-    assert widest == POSITIONS * 2 * WIDTH  # the output of `up` itself
+    assert largest.numbers == POSITIONS * 2 * WIDTH  # the output of `up` itself
 
 
 class Largest(torch.utils._python_dispatch.TorchDispatchMode):

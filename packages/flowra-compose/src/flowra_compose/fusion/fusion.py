@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from flowra_compose.fusion.gates import GateOptions, Gates
 from flowra_compose.fusion.places import blocks_of, check_modules, gate_places
-from flowra_compose.fusion.routing import Routing
+from flowra_compose.fusion.routing import Routing, UntrainedRouting
 from flowra_compose.lazy_updates import outlines_of
 from flowra_compose.low_rank import AdapterState, LowRankUpdate
 from flowra_compose.merge import heads_source
@@ -135,7 +135,8 @@ class _FusedUpdates(nn.Module):
         weighted = coordinates * expanded
         if output.dtype != weighted.dtype:
             return output + nn.functional.linear(weighted, self.lora_B).to(output.dtype)
-        flat = torch.addmm(output.flatten(0, -2), weighted.flatten(0, -2), self.lora_B.T)
+        rows = output.reshape(-1, output.shape[-1])
+        flat = torch.addmm(rows, weighted.reshape(len(rows), -1), self.lora_B.T)
         return flat.view(output.shape)
 
 
@@ -153,13 +154,7 @@ class Fusion(nn.Module):
         self.names = tuple(adapters)
         self.routing = routing
         hosts, updates = _updates_by_module(model, list(adapters.values()))
-        if isinstance(routing, Gates):
-            places = gate_places(model, {name: _shape(each) for name, each in updates.items()}, routing.level)
-            if places != routing.widths:
-                raise ValueError(
-                    f"gates must stand where the model needs them, at {_brief(places)}, got {_brief(routing.widths)}."
-                    " Make them with gates_for on this model and these adapters."
-                )
+        _check_routing(model, routing, updates)
         self.updates = nn.ModuleList(_FusedUpdates(each) for each in updates.values())
         self._enabled = True
         self._records: list[FusionRecord] = []
@@ -360,6 +355,24 @@ def _updates_by_module(
         raise ValueError("adapters must update at least one module, got none")
     hosts = check_modules(model, {name: _shape(each) for name, each in updates.items()})
     return hosts, updates
+
+
+def _check_routing(model: nn.Module, routing: Routing, updates: Mapping[str, Sequence[LowRankUpdate | None]]) -> None:
+    """Refuse a routing that was made for another model or for other adapters."""
+    if isinstance(routing, Gates):
+        places = gate_places(model, {name: _shape(each) for name, each in updates.items()}, routing.level)
+        if places != routing.widths:
+            raise ValueError(
+                f"gates must stand where the model needs them, at {_brief(places)}, got {_brief(routing.widths)}."
+                " Make them with gates_for on this model and these adapters."
+            )
+    if isinstance(routing, UntrainedRouting):
+        ranks = {name: tuple(0 if one is None else one.rank for one in each) for name, each in updates.items()}
+        if ranks != routing.ranks:
+            raise ValueError(
+                f"routing must be made of the adapters that are fused, in their order, got {type(routing).__name__} of"
+                " others"
+            )
 
 
 def _brief(places: Mapping[str, int]) -> str:

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from flowra_compose.fusion.gates import Level
+from flowra_compose.lazy_updates import outlines_of
 from flowra_compose.low_rank import LowRankUpdate
 from flowra_compose.product_svd import product_svd
 
-__all__ = ["Arrow", "Routing", "SpectR", "StaticWeights"]
+__all__ = ["Arrow", "Routing", "SpectR", "StaticWeights", "UntrainedRouting"]
 
 
 class Routing(Protocol):
@@ -85,7 +86,7 @@ class StaticWeights(nn.Module):
         return values.expand(*hidden.shape[:-1], -1), shares.expand(*hidden.shape[:-1], -1)
 
 
-class _Untrained(nn.Module):
+class UntrainedRouting(nn.Module):
     """Shares of a softmax over scores at each module, with nothing to learn.
 
     Args:
@@ -109,10 +110,12 @@ class _Untrained(nn.Module):
             raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
         self.adapters = len(adapters)
         self._top_k, self._temperature = top_k, temperature
-        self._present: dict[str, list[int]] = {}
-        for index, updates in enumerate(adapters):
-            for name in updates:
-                self._present.setdefault(name, []).append(index)
+        self.ranks: dict[str, tuple[int, ...]] = {}
+        """For each module the rank of each adapter, 0 where it leaves the module alone."""
+        outlines = [outlines_of(each) for each in adapters]
+        for name in sorted({name for each in outlines for name in each}):
+            self.ranks[name] = tuple(each[name].rank if name in each else 0 for each in outlines)
+        self._present = {name: [i for i, rank in enumerate(ranks) if rank] for name, ranks in self.ranks.items()}
 
     def weights(self, place: str, hidden: Tensor, coordinates: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weigh the adapters of a module."""
@@ -133,7 +136,7 @@ class _Untrained(nn.Module):
         raise NotImplementedError
 
 
-class Arrow(_Untrained):
+class Arrow(UntrainedRouting):
     """Routing by the direction of inputs that each update stretches most.
 
     Args:
@@ -160,7 +163,7 @@ class Arrow(_Untrained):
         return (hidden.to(dtype) @ prototypes.T).abs()
 
 
-class SpectR(_Untrained):
+class SpectR(UntrainedRouting):
     """Routing by the length of each update's output.
 
     Args:
