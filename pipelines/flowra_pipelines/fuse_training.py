@@ -8,11 +8,8 @@ adapters and base are in evaluation mode, without dropout, as they are when gate
 A training that was killed goes on: its state lies in ``<out>.partial``, with what it was made from.
 """
 
-import json
 import math
-import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -38,23 +35,22 @@ from flowra_compose.fusion import (
 )
 from flowra_compose.fusion.gate_files import FILES
 from flowra_pipelines.composition import as_user_errors
-from flowra_pipelines.data import Examples, Row, load_text_data, tokenise
+from flowra_pipelines.data import Examples
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.export import adapter_folder
+from flowra_pipelines.fuse_examples import read_examples
+from flowra_pipelines.fuse_partial import PartialTraining
 from flowra_pipelines.fuse_setting import RECORD, FusedSetting, FuseRecord, open_setting, relative_to, write_record
 from flowra_pipelines.merge_job import check_out
 from flowra_pipelines.progress import console, meter
-from flowra_pipelines.run_config import DataConfig, TrainingConfig
+from flowra_pipelines.run_config import TrainingConfig
 from flowra_pipelines.sources import resolve
 from flowra_pipelines.stages.record import code_hash
-from flowra_pipelines.task_statistics import data_source
 from flowra_pipelines.training import LossCurve, train_phase
 from flowra_pipelines.training_state import (
     TrainingState,
     capture_tensors,
-    read_training_state,
     restore_moments,
-    write_training_state,
 )
 
 __all__ = ["FuseJob", "TrainSettings", "show_training", "train_gates"]
@@ -131,7 +127,14 @@ def train_gates(job: FuseJob) -> FuseRecord:
             f"adapters must be at least two, got {len(job.sources)}: a single one has weight 1, and nothing is to learn"
         )
     setting = open_setting(job.sources, names=job.names, base=job.base, heads_from=job.heads_from)
-    training, validation, left_out = _examples(job, setting)
+    training, validation, left_out = read_examples(
+        setting,
+        job.data,
+        validation=job.validation,
+        max_length=job.settings.max_length,
+        label=job.label,
+        labels=job.labels,
+    )
     config = _schedule(job.settings, len(training))
     options = _options(job.settings, setting.names)
     with as_user_errors():
@@ -146,7 +149,7 @@ def train_gates(job: FuseJob) -> FuseRecord:
         "code": code_hash(),
         "versions": _versions(),
     }
-    partial = _Partial(job.out.with_name(f"{job.out.name}.partial"), inputs)
+    partial = PartialTraining(job.out.with_name(f"{job.out.name}.partial"), inputs)
     losses = partial.remembered("before", lambda: _before(setting, validation, job.settings.batch_size))
     with setting.fused(gates) as fusion:
         curve = _train(setting, fusion, gates, training, config, job.settings, partial)
@@ -206,55 +209,6 @@ def show_training(job: FuseJob) -> None:
     shown = ", ".join(f"{name} {mean:.2f}" for name, mean in zip(names, means, strict=True))
     console.print(f"Average weights over {len(record.weights)} gates: {shown}", markup=False)
     console.print(f"Written: {job.out}", markup=False)
-
-
-def _examples(job: FuseJob, setting: FusedSetting) -> tuple[Examples, Examples, dict[str, int]]:
-    """Read and tokenise what is trained on and what is measured on."""
-    kind = setting.task.label
-    given = data_source(job.data)
-    held_out: dict[str, Any] = {"test": None, "test_fraction": job.validation}
-    if isinstance(job.validation, str):
-        held_out = {"test": job.validation}
-    said = {**given.model_dump(), **held_out, "label": job.label, "labels": job.labels}
-    data = load_text_data(DataConfig(**said), label=kind)
-    outputs = setting.model.config.num_labels
-    if kind == "class" and len(data.labels) != outputs:
-        raise UserError(
-            f"labels must be the {outputs} classes of the head, got {', '.join(data.labels)}. Name them in the order of"
-            " its outputs with --labels."
-        )
-    limit = getattr(setting.model.config.get_text_config(), "max_position_embeddings", None)
-    length = min(job.settings.max_length, limit or job.settings.max_length)
-    left_out = dict(data.left_out)
-    parts = []
-    for rows in (data.train, data.test):
-        if setting.task.peft_type == "CAUSAL_LM" and given.text_pair is not None:
-            made = _answers(rows, setting, length)
-        else:
-            made = tokenise(rows, setting.tokenizer, max_length=length)
-        learned = [row.get("response", [1] * len(row["input_ids"])) for row in map(made.__getitem__, range(len(made)))]
-        kept = [index for index, each in enumerate(learned) if kind is not None or any(each[1:])]
-        if len(kept) < len(rows):
-            reason = f"there is no token to predict within {length}"
-            left_out[reason] = left_out.get(reason, 0) + len(rows) - len(kept)
-        if not kept:
-            raise UserError(f"data must hold rows with a token to predict within {length}, got none; in {job.data}")
-        parts.append(made.select(kept))
-    return parts[0], parts[1], left_out
-
-
-def _answers(rows: Sequence[Row], setting: FusedSetting, length: int) -> Examples:
-    """Put a response and the end of text after each prompt, as generation will, and mark what is a target."""
-    prompts: Any = setting.tokenizer([row["text"] for row in rows])["input_ids"]
-    answers: Any = setting.tokenizer([row["text_pair"] for row in rows], add_special_tokens=False)["input_ids"]
-    end = setting.tokenizer.eos_token_id
-    made = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        whole = [*answer, *([] if end is None else [end])]
-        ids = [*prompt, *whole][:length]
-        response = [*([0] * len(prompt)), *([1] * len(whole))][:length]
-        made.append({"input_ids": ids, "attention_mask": [1] * len(ids), "response": response})
-    return Examples(made)
 
 
 def _schedule(settings: TrainSettings, examples: int) -> TrainingConfig:
@@ -348,7 +302,7 @@ def _train(
     examples: Examples,
     config: TrainingConfig,
     settings: TrainSettings,
-    partial: "_Partial",
+    partial: PartialTraining,
 ) -> LossCurve:
     """Train from the last state there is to the end."""
     optimizer = _optimizer(gates, config)
@@ -418,7 +372,7 @@ class _Saver(TrainerCallback):
     seed: int
     first_step: int
     curve: LossCurve
-    partial: "_Partial"
+    partial: PartialTraining
 
     def on_log(
         self,
@@ -447,65 +401,6 @@ class _Saver(TrainerCallback):
                 tensors=capture_tensors(self.model, self.optimizer) | values,
             )
             self.partial.save(written, self.curve)
-
-
-class _Partial:
-    """The folder of a training that is not finished."""
-
-    def __init__(self, folder: Path, inputs: Mapping[str, Any]) -> None:
-        self._folder = folder
-        said = json.dumps(inputs, sort_keys=True, allow_nan=False)
-        known = folder / "inputs.json"
-        if folder.exists():
-            try:
-                before = json.loads(known.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                before = {}
-            if not isinstance(before, dict) or before != json.loads(said):
-                changed = [
-                    key for key in inputs if not isinstance(before, dict) or before.get(key) != json.loads(said)[key]
-                ]
-                console.print(f"  starting over: {folder} is of other {', '.join(changed)}", markup=False)
-                shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        known.write_text(said, encoding="utf-8")
-
-    def remembered(self, name: str, make: Callable[[], dict[str, float | None]]) -> dict[str, float | None]:
-        """Return what was made before, or make it and keep it."""
-        file = self._folder / f"{name}.json"
-        if not file.is_file():
-            made = make()
-            whole = file.with_suffix(".new")
-            whole.write_text(json.dumps(made), encoding="utf-8")
-            os.replace(whole, file)
-        found: dict[str, float | None] = json.loads(file.read_text(encoding="utf-8"))
-        return found
-
-    def save(self, state: TrainingState, curve: LossCurve) -> None:
-        """Write a state; the one before goes when this one is whole."""
-        made, place = self._folder / "state.new", self._folder / f"state-{state.step:08d}"
-        shutil.rmtree(made, ignore_errors=True)
-        made.mkdir()
-        write_training_state(state, made)
-        (made / "curve.json").write_text(json.dumps(curve), encoding="utf-8")
-        os.replace(made, place)
-        for older in self._states()[:-1]:
-            shutil.rmtree(older)
-
-    def state(self) -> tuple[TrainingState, LossCurve] | None:
-        """Return the last state, if there is one."""
-        found = self._states()
-        if not found:
-            return None
-        curve = json.loads((found[-1] / "curve.json").read_text(encoding="utf-8"))
-        return read_training_state(found[-1]), [(step, loss, rate) for step, loss, rate in curve]
-
-    def remove(self) -> None:
-        """Remove all of it."""
-        shutil.rmtree(self._folder)
-
-    def _states(self) -> list[Path]:
-        return sorted(self._folder.glob("state-*"))
 
 
 def _base(name: str, out: Path) -> str:

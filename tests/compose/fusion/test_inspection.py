@@ -23,10 +23,8 @@ from flowra_compose.fusion import (
     weight_gap_warning,
     weights_of_texts,
 )
-from flowra_compose.fusion.gates import Level
-from flowra_compose.fusion.inspection import (
+from flowra_compose.fusion.failure_signs import (
     ALMOST_ALL,
-    AMBIGUOUS_ENTROPY,
     AMBIGUOUS_SHARE,
     FAR_SUM,
     FEWEST_POSITIONS,
@@ -36,8 +34,9 @@ from flowra_compose.fusion.inspection import (
     SATURATED_SHARE,
     STANDARD_GAP,
     birth_weights,
-    layer_of,
 )
+from flowra_compose.fusion.gates import Level
+from flowra_compose.fusion.inspection import AMBIGUOUS_ENTROPY, layer_of
 
 LAYERS = ("model.layers.0", "model.layers.1")
 BIAS = torch.tensor([-0.5, 0.5], dtype=torch.float64)  # of two adapters at birth

@@ -6,19 +6,12 @@
 ...     model.generate(**prompt)  # with a cache of keys and values
 """
 
-from flowra_compose.fusion.fusion import Fusion, FusionRecord, fuse, gates_for
+from flowra_compose.fusion.failure_signs import FailureSign, failure_signs, loss_gap_warning, weight_gap_warning
+from flowra_compose.fusion.fusion import Fusion, fuse, gates_for
+from flowra_compose.fusion.fusion_record import FusionRecord
 from flowra_compose.fusion.gate_files import adapter_fingerprint, adapter_names, read_gates, write_gates
 from flowra_compose.fusion.gates import Gate, GateOptions, Gates
-from flowra_compose.fusion.inspection import (
-    FailureSign,
-    GateInspection,
-    TextWeights,
-    WeightSummary,
-    failure_signs,
-    loss_gap_warning,
-    weight_gap_warning,
-    weights_of_texts,
-)
+from flowra_compose.fusion.inspection import GateInspection, TextWeights, WeightSummary, weights_of_texts
 from flowra_compose.fusion.routing import Arrow, Routing, SpectR, StaticWeights
 from flowra_compose.fusion.static_search import StaticSearch, search_static_weights
 
