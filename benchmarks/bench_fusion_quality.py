@@ -5,7 +5,7 @@ FLOWRA_DATA=… python benchmarks/bench_fusion_quality.py FOLDER [--only layer,s
 Two skills alternate inside one sequence (``_code_skills.py``): one adapter is trained on docstrings, one on code
 without them, once each (LoRA of rank 16 on every linear layer, 1,500 examples, one epoch). Gates, and everything else
 that learns or is tuned, see 200 functions that hold both, five times; settings are chosen on 60 others, with the first
-seed: for what learns, the better of two learning rates; for fixed weights, 40 trials. The base is a 4-bit file,
+seed: for what learns, the better of two learning rates; for fixed weights, 24 trials. The base is a 4-bit file,
 read in bfloat16; adapters and gates are float32.
 
 Judged by the mean negative log-likelihood of the tokens of 332 functions of other files: all, those in docstrings, and
@@ -94,7 +94,7 @@ class Size:
     both: int = 200
     """Functions for what learns."""
     test: int = 10_000
-    trials: int = 40
+    trials: int = 24
     """Of fixed weights."""
 
 
