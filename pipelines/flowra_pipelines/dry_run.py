@@ -32,7 +32,11 @@ def show_plan(config: RunConfig) -> None:
     console.print(
         f"mean rank {average:.2f}, probe rank {probe} (peak {probe * sum(layers.costs.values()):,} parameters)"
     )
-    console.print(f"cap {math.ceil(8 * average)} per module; η = {config.sensitivity_threshold:g}")
+    if config.allocation.plan == "flow":
+        cap = config.allocation.cap or math.ceil(8 * average)
+        console.print(f"plan: by flow, cap {cap} per module; η = {config.sensitivity_threshold:g}")
+    else:
+        console.print(f"plan: {config.allocation.plan}, which looks at no data")
     chosen = config.refinement
     spends = "" if chosen.plan_factor == 1 else f"; the plan spends {chosen.plan_factor:g} times the budget"
     form = "pairs" if chosen.method == "lora" else f"triplets, {chosen.back_end}"

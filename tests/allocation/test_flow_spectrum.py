@@ -83,6 +83,13 @@ def test_truncation_equals_the_dense_one_and_costs_the_gains_dropped(shape: tupl
         )
 
 
+@pytest.mark.parametrize("rank", [-1, 4])
+def test_a_rank_that_the_update_does_not_have_is_refused(rank: int) -> None:
+    problem = Problem(6, 7, 3)
+    with pytest.raises(ValueError, match=f"rank must be 0 to 3, that of the update, got {rank}"):
+        truncate(problem.a, problem.b, flow_spectrum(problem.gram), rank)
+
+
 @pytest.mark.parametrize("rank", [1, 2])
 def test_no_random_update_of_the_same_rank_beats_the_truncation(rank: int) -> None:
     problem = Problem(6, 7, 3)

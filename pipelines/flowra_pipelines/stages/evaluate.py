@@ -149,7 +149,8 @@ def _flowra(config: RunConfig, setting: Setting, run: Path) -> tuple[Row, Scores
     records = [read_record(run / stage) for stage in ("calibrate", "allocate", "train", "refine")]
     seconds = sum(record.seconds for record in records if record is not None)
     peak = read_training_state(run / "refine").peak_parameters
-    return _row("Flowra", setting, scores, parameters, peak, seconds), scores
+    title = "Flowra" if config.allocation.plan == "flow" else f"Flowra, plan {config.allocation.plan}"
+    return _row(title, setting, scores, parameters, peak, seconds), scores
 
 
 @torch.inference_mode()

@@ -157,7 +157,12 @@ def truncate(lora_A: Tensor, lora_B: Tensor, spectrum: FlowSpectrum, rank: int) 
 
     Returns:
         A ``(rank, n)`` and B ``(m, rank)`` in the dtype of the input, computed in float64.
+
+    Raises:
+        ValueError: if the rank is out of range.
     """
+    if not 0 <= rank <= len(lora_A):
+        raise ValueError(f"rank must be 0 to {len(lora_A)}, that of the update, got {rank}")
     a, b = lora_A.detach().to("cpu", torch.float64), lora_B.detach().to("cpu", torch.float64)
     kept_A, kept_B = balance(spectrum.to_A[:rank] @ a, b @ spectrum.to_B[:, :rank])
     return kept_A.to(lora_A), kept_B.to(lora_B)
