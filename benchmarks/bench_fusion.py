@@ -70,7 +70,7 @@ def generation(source: Path, folder: Path, *, rounds: int, tokens: int, batch: i
     config = peft.XLoraConfig(
         task_type="CAUSAL_LM",
         hidden_size=routed.config.hidden_size,
-        adapters={name: str(folder / name) for name in states},
+        adapters={str(index): str(folder / name) for index, name in enumerate(states)},  # PEFT counts them
         layerwise_scalings=True,
     )
     with_xlora = peft.get_peft_model(routed, config)

@@ -295,7 +295,7 @@ def learned(bench: Bench, name: str, rate: float, seed: int) -> Iterator[nn.Modu
         yield model
     else:
         torch.manual_seed(seed)
-        folders = {skill: str(bench.folder / skill) for skill in NAMES}
+        folders = {str(index): str(bench.folder / skill) for index, skill in enumerate(NAMES)}  # PEFT counts them
         _ = bench.adapters
         base = bench.fresh()
         base.config.use_cache = False
