@@ -59,7 +59,7 @@ class LowRankUpdate:
         if a.dtype not in FACTOR_DTYPES or b.dtype not in FACTOR_DTYPES:
             raise ValueError(f"lora_A and lora_B must be float16, bfloat16, float32 or 64, got {a.dtype} and {b.dtype}")
         outline = a.is_meta or b.is_meta  # shapes and dtypes without values
-        if not math.isfinite(self.scaling) or not (outline or (torch.isfinite(a).all() and torch.isfinite(b).all())):
+        if not math.isfinite(self.scaling) or not (outline or (_is_finite(a) and _is_finite(b))):
             raise ValueError("lora_A, lora_B and scaling must be finite, got NaN or infinity")
         side = math.prod(self.kernel)
         fits = side > 0 and a.shape[1] % side == 0 if self.layout == "conv" else not self.kernel
@@ -164,6 +164,11 @@ class AdapterState:
         for name, tensor in self.modules_to_save.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
                 raise ValueError(f"modules_to_save must be finite, got NaN or infinity in {name!r}")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Tell whether all values are finite. NaN and infinity reach a sum, which is quick; large values may overflow it."""
+    return bool(torch.isfinite(tensor.detach().sum())) or bool(torch.isfinite(tensor).all())
 
 
 def _is_plain(name: str) -> bool:
