@@ -24,6 +24,14 @@ class RankLimits:
     rank_steps: Sequence[int] | None
     cap_steps: Sequence[int] | None
 
+    def least(self, name: str) -> int:
+        """Return the rank that a module has at least, whatever is measured."""
+        if name in self.frozen:
+            return self.frozen[name]
+        floor = self.floors.get(name, 0) if isinstance(self.floors, Mapping) else self.floors or 0
+        cap = self.caps.get(name, floor) if isinstance(self.caps, Mapping) else self.caps
+        return floor if cap is None else min(floor, cap)
+
 
 def rank_limits(chosen: AllocationConfig, largest: Mapping[str, int]) -> RankLimits:
     """Resolve patterns to modules.

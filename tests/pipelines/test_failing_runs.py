@@ -60,6 +60,18 @@ def test_a_budget_below_one_unit_of_rank(fails: Command) -> None:
     assert "budget must pay for at least one unit of rank, 64 parameters here, got 63" in fails("calibrate", budget=63)
 
 
+@pytest.mark.parametrize(
+    "said", [{"floor": 2}, {"floors": {"query": 9}}, {"frozen": {"query,value": 6}}, {"floor": 3, "cap": 2}], ids=str
+)
+def test_least_ranks_above_the_budget_before_anything_is_trained(
+    fails: Command, tmp_path: Path, said: dict[str, Any]
+) -> None:
+    unmoved = ("--set", "refinement={policy: none}")
+    message = fails("calibrate", *unmoved, allocation=said)
+    assert "allocation.floors and frozen must fit what the plan spends, 700 parameters, got" in message
+    assert not (tmp_path / "runs" / "tiny" / "calibrate").exists()
+
+
 def test_a_budget_like_layers_that_are_not_there(fails: Command) -> None:
     message = fails("run", "--dry-run", budget="like r=1 on q_proj")
     assert "must match at least one module, got 'q_proj'" in message

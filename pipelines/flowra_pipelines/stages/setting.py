@@ -137,7 +137,14 @@ def survey(config: RunConfig, model: PreTrainedModel, task: Task) -> Layers:
             f"budget must pay for at least one unit of rank, {min(costs.values(), default=0)} parameters here,"
             f" got {budget} ({config.budget} of {base_parameters}). Raise the budget."
         )
-    rank_limits(config.allocation, {name: min(shape) for name, shape in shapes.items()})  # likewise said now
+    limits = rank_limits(config.allocation, {name: min(shape) for name, shape in shapes.items()})  # likewise said now
+    needed = sum(cost * limits.least(name) for name, cost in costs.items())
+    spent = int(config.refinement.plan_factor * budget)
+    if needed > spent:
+        raise UserError(
+            f"allocation.floors and frozen must fit what the plan spends, {spent} parameters, got {needed}."
+            " Lower them or raise the budget."
+        )
     if config.allocation.plan in PLACEMENTS:
         placed(costs, config.allocation.plan)
     return Layers(

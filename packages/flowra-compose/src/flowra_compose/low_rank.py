@@ -167,7 +167,7 @@ class AdapterState:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Tell whether all values are finite. NaN and infinity reach a sum, which is quick; large values may overflow it."""
+    """Tell whether all values are finite: NaN and infinity reach the sum, which large values can overflow, too."""
     return bool(torch.isfinite(tensor.detach().sum())) or bool(torch.isfinite(tensor).all())
 
 
