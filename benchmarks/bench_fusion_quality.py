@@ -1,6 +1,7 @@
 """Token-level fusion against every fixed combination and other routers, on SmolLM2-135M-Instruct and real code.
 
-FLOWRA_DATA=… python benchmarks/bench_fusion_quality.py FOLDER [--only layer,static] [--seeds 3] [--finished] [--quick]
+FLOWRA_DATA=… python benchmarks/bench_fusion_quality.py FOLDER [--only layer,static] [--seeds 3] [--curve 50,100,440]
+    [--finished] [--quick]
 
 Two skills alternate inside one sequence (``_code_skills.py``): one adapter is trained on docstrings, one on code
 without them, once each (LoRA of rank 16 on every linear layer, 1,500 examples, one epoch). Gates, and everything else
@@ -37,6 +38,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,7 @@ RATES: Mapping[str, tuple[float, float]] = {
     "xlora": (1e-4, 1e-3),
     "few-shot": (3e-4, 1e-3),
 }
-RANK, BATCH, EPOCHS = 16, 4, 5
+RANK, BATCH, EPOCHS, EXAMPLES = 16, 4, 5, 200
 Nats = list[tuple[float, int, float, int]]
 """For each function nats and tokens of its docstring, and of its code."""
 
@@ -91,8 +93,8 @@ class Size:
 
     own: int = 1500
     """Examples of each adapter."""
-    both: int = 200
-    """Functions for what learns."""
+    both: int = 440
+    """Functions that there are for what learns, of which it gets 200 unless the curve asks for another number."""
     test: int = 10_000
     trials: int = 24
     """Of fixed weights."""
@@ -242,7 +244,7 @@ def judged(bench: Bench, routing: Routing) -> Nats:
 
 def searched(bench: Bench) -> list[float]:
     """Find the best fixed weights: on the 200 functions and the 60 others, since nothing is trained."""
-    rows = [*bench.both, *bench.tuning]
+    rows = [*bench.both[:EXAMPLES], *bench.tuning]
 
     def loss(weights: tuple[float, ...]) -> float:
         with fuse(bench.model, bench.adapters, StaticWeights(weights)):
@@ -279,7 +281,7 @@ def statistics_of(bench: Bench, skill: str) -> dict[str, ModuleStatistics]:
 
 
 @contextmanager
-def learned(bench: Bench, name: str, rate: float, seed: int) -> Iterator[nn.Module]:
+def learned(bench: Bench, name: str, rate: float, seed: int, rows: Rows) -> Iterator[nn.Module]:
     """Train one of what learns, and give the model that it made."""
     settings: dict[str, Any] = {"rate": rate, "epochs": EPOCHS, "size": BATCH, "seed": seed}
     what = f"{name} {rate:g} seed {seed}"
@@ -287,11 +289,11 @@ def learned(bench: Bench, name: str, rate: float, seed: int) -> Iterator[nn.Modu
         options = GateOptions(level=name, initial="primary", primary=1)  # type: ignore[arg-type]
         gates = gates_for(bench.model, bench.adapters, options, seed=seed)
         with fuse(bench.model, bench.adapters, gates):
-            fit(bench.model, list(gates.parameters()), bench.both, what=what, **settings)
+            fit(bench.model, list(gates.parameters()), rows, what=what, **settings)
             yield bench.model
     elif name == "few-shot":
         model = bench.fresh()
-        fit(model, lora(model, seed=seed), bench.both, what=what, **settings)
+        fit(model, lora(model, seed=seed), rows, what=what, **settings)
         yield model
     else:
         torch.manual_seed(seed)
@@ -303,21 +305,23 @@ def learned(bench: Bench, name: str, rate: float, seed: int) -> Iterator[nn.Modu
             task_type="CAUSAL_LM", hidden_size=base.config.hidden_size, adapters=folders, layerwise_scalings=True
         )
         made = peft.get_peft_model(base, config)
-        fit(made, [each for each in made.parameters() if each.requires_grad], bench.both, what=what, **settings)
+        fit(made, [each for each in made.parameters() if each.requires_grad], rows, what=what, **settings)
         made.eval()
         yield made
 
 
-def of_learned(bench: Bench, name: str, seed: int) -> Nats:
+def of_learned(bench: Bench, name: str, seed: int, examples: int = EXAMPLES) -> Nats:
     """Judge one of what learns, at the learning rate that is better on the tuning rows with the first seed."""
 
-    def at(rate: float, seed: int) -> dict[str, Nats]:
-        with learned(bench, name, rate, seed) as model:
+    def at(rate: float, seed: int, examples: int = EXAMPLES) -> dict[str, Nats]:
+        with learned(bench, name, rate, seed, bench.both[:examples]) as model:
             return {"tuning": nats(model, bench.tuning), "test": nats(model, bench.test)}
 
     first = {rate: bench.kept(f"{name} {rate:g} 0", lambda rate=rate: at(rate, 0)) for rate in RATES[name]}
     best = min(first, key=lambda rate: mean_nats(first[rate]["tuning"]))
-    return bench.kept(f"{name} {best:g} {seed}", lambda: at(best, seed))["test"]
+    if examples == EXAMPLES:
+        return bench.kept(f"{name} {best:g} {seed}", lambda: at(best, seed))["test"]
+    return bench.kept(f"{name} of {examples}, {seed}", lambda: at(best, seed, examples))["test"]
 
 
 # what is said of it
@@ -345,6 +349,11 @@ def report(bench: Bench, seeds: int) -> None:
         code = np.mean([sum(row[2] for row in run) / sum(row[3] for row in run) for run in runs])
         line = f"{name}: nats per token, docstrings {docs:.4f}, code {code:.4f}, seeds {len(runs)}{spread}; all"
         rows.append(Row(what=line, ours=round(float(np.mean(values)), 4)))
+    for file in sorted((bench.folder / "figures").glob("* of *, 0.json")):
+        stem = file.stem.removesuffix(", 0")
+        found = [json.loads(each.read_text())["test"] for each in sorted(file.parent.glob(f"{stem}, *.json"))]
+        what = f"{stem} functions: nats per token, seeds {len(found)}"
+        rows.append(Row(what=what, ours=round(float(np.mean([mean_nats(run) for run in found])), 4)))
     if "layer" in table:
         for name, runs in table.items():
             if name == "layer":
@@ -393,6 +402,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", default="")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--curve", default="", help="numbers of functions, such as 50,100,440, for what learns")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--finished", action="store_true")
     parser.add_argument("--quick", action="store_true")
@@ -404,10 +414,10 @@ def main() -> None:
         for name in wanted:
             if name in FIXED:
                 bench.kept(name, lambda name=name: fixed(bench, name))
-        for seed in range(chosen.seeds):
-            for name in wanted:
-                if name in LEARNED:
-                    of_learned(bench, name, seed)
+        counts = [EXAMPLES, *map(int, filter(None, chosen.curve.split(",")))]
+        for count, seed, name in product(counts, range(chosen.seeds), wanted):
+            if name in LEARNED:
+                of_learned(bench, name, seed, count)
     if not chosen.quick:
         report(bench, chosen.seeds)
 
