@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 from flowra_adapters import attach, save_adapter
@@ -99,6 +99,29 @@ def test_two_adapters_become_one_that_peft_loads(tasks: Path, tmp_path: Path, he
     loaded = PeftModel.from_pretrained(base, str(out))
     assert loaded.peft_config["default"].rank_pattern
     assert read_interference(out).tasks == ("a", "b")
+
+
+def test_dora_and_trained_biases_of_peft_are_merged_beside_their_base(tasks: Path, tmp_path: Path, here: Here) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(tasks / "bert", num_labels=2)
+    plain = {name: each.detach().clone() for name, each in base.named_parameters()}
+    config = LoraConfig(r=2, use_dora=True, bias="all", target_modules=["query"], task_type="SEQ_CLS")
+    model = get_peft_model(base, config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(tmp_path / "dora")
+    trained = dict(model.merge_and_unload().named_parameters())
+    out = tmp_path / "out"
+    command = ("merge", tmp_path / "dora", tasks / "b", "--method", "cat", "--heads-from", tasks / "b", "--out", out)
+    code, _, complaint = here(*command, "--base", tasks / "bert")
+    assert code == 0, complaint
+    merged, other = read_adapter(out, plain), read_adapter(tasks / "b")
+    wanted = trained[f"{QUERY}.weight"] - plain[f"{QUERY}.weight"] + other.updates[QUERY].delta_weight()
+    torch.testing.assert_close(merged.updates[QUERY].delta_weight(), wanted, atol=1e-5, rtol=0)
+    bias = f"{QUERY}.bias"
+    torch.testing.assert_close(merged.updates[bias].delta_weight()[:, 0], trained[bias] - plain[bias])
 
 
 def test_weights_count(tasks: Path, tmp_path: Path, here: Here) -> None:
