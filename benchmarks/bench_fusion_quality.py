@@ -42,6 +42,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import peft
 import torch
@@ -83,6 +84,7 @@ RATES: Mapping[str, tuple[float, float]] = {
     "few-shot": (3e-4, 1e-3),
 }
 RANK, BATCH, EPOCHS, EXAMPLES = 16, 4, 5, 200
+PICTURE = Path(__file__).parents[1] / "docs" / "results" / "fusion.png"
 Nats = list[tuple[float, int, float, int]]
 """For each function nats and tokens of its docstring, and of its code."""
 
@@ -369,7 +371,26 @@ def report(bench: Bench, seeds: int) -> None:
                 )
             )
     rows += gate_sizes(bench)
+    draw(table)
     write("fusion_quality", rows, command="python benchmarks/bench_fusion_quality.py FOLDER")
+
+
+def draw(table: Mapping[str, list[Nats]]) -> None:
+    """Draw the loss in code over that in docstrings, a point for each way; down and left is better."""
+    figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
+    for name, runs in table.items():
+        if name == "base":
+            continue  # far away
+        docs, code = (
+            float(np.mean([sum(row[at] for row in run) / sum(row[at + 1] for row in run) for run in runs]))
+            for at in (0, 2)
+        )
+        axes.plot(docs, code, "D" if name in LEARNED else "o", color="tab:blue" if name in LEARNED else "tab:gray")
+        axes.annotate(name, (docs, code), xytext=(6, 4), textcoords="offset points")
+    axes.set(xlabel="nats per token of docstrings", ylabel="nats per token of code")
+    axes.grid(alpha=0.3)
+    figure.savefig(PICTURE, dpi=120)
+    plt.close(figure)
 
 
 def bootstrap(one: Sequence[Nats], other: Sequence[Nats], draws: int = 10_000) -> tuple[float, float, float]:
