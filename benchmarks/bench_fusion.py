@@ -232,7 +232,11 @@ def main() -> None:
         source = smollm2(Path(folder))
         rows = generation(source, Path(folder), rounds=chosen.rounds, tokens=chosen.tokens, batch=chosen.batch)
         rows += [training(source), *memory(), *large()]
-    write("fusion", rows, command=f"python benchmarks/bench_fusion.py --rounds {chosen.rounds}")
+    write(
+        "fusion",
+        rows,
+        command=f"python benchmarks/bench_fusion.py --rounds {chosen.rounds} --tokens {chosen.tokens} --batch {chosen.batch}",
+    )
 
 
 if __name__ == "__main__":
