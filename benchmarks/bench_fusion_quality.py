@@ -378,7 +378,7 @@ def report(bench: Bench, seeds: int) -> None:
 def draw(table: Mapping[str, list[Nats]]) -> None:
     """Draw the loss in code over that in docstrings, a point for each way; down and left is better."""
     figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
-    for name, runs in table.items():
+    for index, (name, runs) in enumerate(table.items()):
         if name == "base":
             continue  # far away
         docs, code = (
@@ -386,9 +386,10 @@ def draw(table: Mapping[str, list[Nats]]) -> None:
             for at in (0, 2)
         )
         axes.plot(docs, code, "D" if name in LEARNED else "o", color="tab:blue" if name in LEARNED else "tab:gray")
-        axes.annotate(name, (docs, code), xytext=(6, 4), textcoords="offset points")
+        axes.annotate(name, (docs, code), xytext=(6, 5 if index % 2 else -12), textcoords="offset points")
     axes.set(xlabel="nats per token of docstrings", ylabel="nats per token of code")
     axes.grid(alpha=0.3)
+    axes.margins(0.12)
     figure.savefig(PICTURE, dpi=120)
     plt.close(figure)
 
