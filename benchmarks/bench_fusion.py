@@ -232,11 +232,8 @@ def main() -> None:
         source = smollm2(Path(folder))
         rows = generation(source, Path(folder), rounds=chosen.rounds, tokens=chosen.tokens, batch=chosen.batch)
         rows += [training(source), *memory(), *large()]
-    write(
-        "fusion",
-        rows,
-        command=f"python benchmarks/bench_fusion.py --rounds {chosen.rounds} --tokens {chosen.tokens} --batch {chosen.batch}",
-    )
+    options = f"--rounds {chosen.rounds} --tokens {chosen.tokens} --batch {chosen.batch}"
+    write("fusion", rows, command=f"python benchmarks/bench_fusion.py {options}")
 
 
 if __name__ == "__main__":
