@@ -21,6 +21,7 @@ from flowra_compose.fusion import StaticWeights, fuse
 from flowra_pipelines import fuse_training
 from flowra_pipelines.cli import main
 from flowra_pipelines.data import load_text_data, tokenise
+from flowra_pipelines.fuse_examples import read_examples
 from flowra_pipelines.fuse_setting import FusedSetting, open_fused, open_setting, read_record
 from flowra_pipelines.fuse_training import FuseJob, TrainSettings, train_gates
 from flowra_pipelines.run_config import DataConfig
@@ -160,7 +161,7 @@ def test_the_average_weights_are_those_at_real_tokens(language: Path, gates: Pat
 def test_a_response_alone_is_learned(language: Path) -> None:
     setting = open_setting([language / "a", language / "b"])
     data = f"{language / 'both.jsonl'}:text,answer"
-    examples, _, _ = fuse_training._examples(FuseJob(sources=(), data=data, out=language), setting)
+    examples, _, _ = read_examples(setting, data, validation=0.1, max_length=64, label="label", labels=None)
     batch = setting.collate([examples[0], examples[1]])
     assert "response" not in batch
     words = setting.tokenizer.convert_ids_to_tokens(batch["labels"][0][batch["labels"][0] != -100].tolist())
@@ -204,19 +205,17 @@ def test_an_entropy_penalty_makes_gates_decide(language: Path, tmp_path: Path, h
 
 
 KILLED = """
-import sys, threading, time
-from pathlib import Path
-from flowra_pipelines import fuse_training
+import time
 from flowra_pipelines import fuse_training
 from flowra_pipelines.cli import main
-from flowra_pipelines.data import load_text_data, tokenise
-save = fuse_training._Partial.save
+from flowra_pipelines.fuse_partial import PartialTraining
+save = PartialTraining.save
 def slow(self, state, curve):
     save(self, state, curve)
     print("saved", state.step, flush=True)
     if state.step >= 15:
         time.sleep(60)
-fuse_training._Partial.save = slow
+PartialTraining.save = slow
 fuse_training.code_hash = lambda: "code"
 main()
 """
