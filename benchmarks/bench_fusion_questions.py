@@ -1,0 +1,232 @@
+"""Token-level fusion beyond one pair of skills: languages × mathematics, many adapters, and the paper's open questions.
+
+FLOWRA_DATA=… python benchmarks/bench_fusion_questions.py FOLDER [--only language,many,transfer,data,places]
+    [--seeds 3] [--rate 0.01] [--threads 2] [--quick]
+
+FOLDER is that of ``bench_fusion_quality.py``, whose base and adapters are used again: same recipe, the learning rate of
+gates that it found (`--rate`), judged by nats per token of what nothing has seen, paired by sequence.
+
+===========  ==========================================================================================================
+`language`   A problem in Spanish or German, its solution in English (``_language_skills.py``): base, each adapter, sum,
+             fixed weights, Arrow, SpectR, gates of layers
+`many`       Docstrings and code with 2, 4 and 8 adapters, those that are not needed trained on mathematics and on
+             languages
+`transfer`   Gates trained with one pair of adapters on its data, used with another pair on the other's
+`data`       Gates over adapters that were trained on 200, 1,000 and all examples of the same data
+`places`     Eight adapters: W_g of rank 1, 2, 4 and full, with gates that learn only in the bottom, middle or top third
+             of the layers; the others stay as they are born
+===========  ==========================================================================================================
+
+Every figure is kept in FOLDER and made once; a run that was broken off goes on where it stopped.
+"""
+
+import argparse
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from _code_skills import skills
+from _fusion_bench import Fused, Workshop
+from _language_skills import language, mathematics, problems
+from _results import Row, write
+from _segments import Examples, Nats, bootstrap, mean_nats, mean_of_runs, nats
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from flowra_compose import AdapterState
+from flowra_compose.fusion import Arrow, Gates, Routing, SpectR, StaticWeights
+
+ALONE = {"base": (0.0, 0.0), "first adapter": (1.0, 0.0), "second adapter": (0.0, 1.0), "sum": (1.0, 1.0)}
+LANGUAGES = ("es", "de")
+OTHERS = ("maths", "es", "de", "it", "ru", "zh")
+"""Adapters that functions do not need, in the order in which they come in."""
+COUNTS, RANKS, PLACES = (2, 4, 8), (1, 2, 4, None), ("bottom", "middle", "top")
+OWN_EXAMPLES = (200, 1000, 1500, 2114)
+"""Of each adapter; 1500 are those of ``bench_fusion_quality.py``, 2114 all that there are."""
+GATE_EXAMPLES, OWN, TRIALS = 200, 1500, 24
+
+
+class Bench(Workshop):
+    """Adapters and sequences of all settings."""
+
+    def __init__(self, folder: Path, *, rate: float, quick: bool) -> None:
+        super().__init__(folder)
+        self.rate, self.quick = rate, quick
+        self.code = {name: self._few(rows) for name, rows in skills(self.tokenizer).items()}
+
+    def _few(self, rows: Examples) -> Examples:
+        return rows[:8] if self.quick else rows
+
+    def of_functions(self, count: int = 2, own: int = OWN, rank: int | None = None) -> Fused:
+        """Return docstrings and code, with so many adapters, trained on so many examples."""
+        ending = "" if own == OWN else f" of {own}"
+        names = [*OTHERS[: count - 2], "docs", "code"]
+        adapters = {
+            name: self.other(name)
+            if name in OTHERS
+            else self.adapter(f"{name}{ending}", lambda name=name: self.code[name][:own])
+            for name in names
+        }
+        rows = {"both": self.code["both"][:GATE_EXAMPLES], "tuning": self.code["tuning"], "test": self.code["test"]}
+        return Fused(shop=self, adapters=adapters, options={"rank": rank}, **rows)
+
+    def of_problems(self, code: str) -> Fused:
+        """Return problems in a language."""
+        rows = {name: self._few(each) for name, each in problems(self.tokenizer, code).items()}
+        adapters = {name: self.other(name) for name in (code, "maths")}
+        return Fused(shop=self, adapters=adapters, **rows)
+
+    def other(self, name: str) -> AdapterState:
+        """Read the adapter for mathematics or for a language."""
+        read = mathematics if name == "maths" else lambda tokenizer: language(tokenizer, name)
+        return self.adapter(name, lambda: self._few(read(self.tokenizer))[:OWN])
+
+    def gates_of(self, setting: str, fused: Fused, seed: int) -> tuple[Nats, Gates]:
+        """Train gates of a setting, or read them, and return how they do on its test."""
+        gates = fused.gates(seed=seed)
+        file = self.folder / f"gates {setting} {seed}.safetensors"
+
+        def train() -> Nats:
+            with fused.trained(gates, self.rate, seed, f"{setting} seed {seed}") as model:
+                found = nats(model, fused.test)
+            save_file(gates.state_dict(), file)
+            return found
+
+        found: Nats = self.kept(f"{setting} gates {seed}", train)
+        gates.load_state_dict(load_file(file))
+        return found, gates
+
+
+def of_languages(bench: Bench, seeds: int) -> list[Row]:
+    """Compare what combines a language and mathematics."""
+    rows = []
+    for code in LANGUAGES:
+        fused = bench.of_problems(code)
+        updates = [one.updates for one in fused.adapters.values()]
+        best = bench.kept(f"{code} weights", lambda fused=fused: fused.searched(4 if bench.quick else TRIALS))
+        routings: dict[str, Routing] = {
+            **{name: StaticWeights(weights) for name, weights in ALONE.items()},
+            f"best fixed weights {[round(weight, 2) for weight in best]}": StaticWeights(best),
+            "Arrow": Arrow(updates),
+            "SpectR": SpectR(updates),
+        }
+        table = {
+            name: [bench.kept(f"{code} {name}", lambda fused=fused, routing=routing: fused.judged(routing))]
+            for name, routing in routings.items()
+        }
+        gates = [bench.gates_of(code, fused, seed)[0] for seed in range(seeds)]
+        sizes = f"{len(fused.both)} problems to learn from, {len(fused.test)} to judge"
+        rows.append(_row(f"{code} × mathematics, {sizes}, gates by layer", gates))
+        rows += [_row(f"{code} × mathematics, {name}", runs, against=gates) for name, runs in table.items()]
+    return rows
+
+
+def of_many(bench: Bench, seeds: int) -> list[Row]:
+    """Ask what adapters that are not needed cost."""
+    found = {
+        count: [bench.gates_of(_functions(count), bench.of_functions(count), seed)[0] for seed in range(seeds)]
+        for count in COUNTS
+    }
+    return [
+        _row(
+            f"docstrings and code with {count} adapters, gates by layer", runs, against=found[2] if count > 2 else None
+        )
+        for count, runs in found.items()
+    ]
+
+
+def of_transfer(bench: Bench, seeds: int) -> list[Row]:
+    """Use gates that were trained on one setting in another."""
+    settings = {_functions(2): bench.of_functions(), **{code: bench.of_problems(code) for code in LANGUAGES}}
+    rows = []
+    for (source, trained), (target, used) in product(settings.items(), repeat=2):
+        runs = []
+        for seed in range(seeds):
+            found, gates = bench.gates_of(source, trained, seed)
+            if source != target:
+                found = bench.kept(f"{source} to {target} {seed}", lambda gates=gates, used=used: used.judged(gates))
+            runs.append(found)
+        rows.append(_row(f"gates of {source}, used for {target}", runs))
+    return rows
+
+
+def of_data(bench: Bench, seeds: int) -> list[Row]:
+    """Ask what the adapters' own training is worth, with gates and without."""
+    rows = []
+    for own in OWN_EXAMPLES:
+        fused = bench.of_functions(own=own)
+        setting = _functions(2) if own == OWN else f"functions of {own}"
+        for name, weights in {**ALONE, "mean": (0.5, 0.5)}.items():
+            alone = bench.kept(
+                f"{setting} {name}", lambda fused=fused, weights=weights: fused.judged(StaticWeights(weights))
+            )
+            if name != "base":
+                rows.append(_row(f"adapters of {own} examples, {name}", [alone]))
+        gates = [bench.gates_of(setting, fused, seed)[0] for seed in range(seeds)]
+        rows.append(_row(f"adapters of {own} examples, gates by layer", gates))
+    return rows
+
+
+def of_places(bench: Bench, _: int) -> list[Row]:
+    """Ask where gates are worth most, and which rank is enough."""
+    rows = []
+    for rank, place in product(RANKS, PLACES):
+        fused = bench.of_functions(8, rank=rank)
+
+        def run(fused: Fused = fused, place: str = place, what: str = f"rank {rank} {place}") -> Nats:
+            gates = fused.gates(seed=0)
+            with fused.trained(gates, bench.rate, 0, what, learning=_third(gates, place)) as model:
+                return nats(model, fused.test)
+
+        found = bench.kept(f"8 adapters, rank {rank or 'full'}, {place}", run)
+        rows.append(_row(f"8 adapters, gates of rank {rank or 'full'} in the {place} third", [found]))
+    return rows
+
+
+def _third(gates: Gates, place: str) -> list[nn.Parameter]:
+    """Return the tensors of the gates in one third of the layers."""
+    blocks = list(gates)
+    start = len(blocks) * PLACES.index(place) // len(PLACES)
+    end = len(blocks) * (PLACES.index(place) + 1) // len(PLACES)
+    return [tensor for gate in blocks[start:end] for tensor in gate.parameters()]
+
+
+def _functions(count: int) -> str:
+    return "functions" if count == 2 else f"functions with {count}"
+
+
+def _row(what: str, runs: list[Nats], *, against: list[Nats] | None = None) -> Row:
+    """Say nats per token of both skills and of all, and whether the gates' difference could be chance."""
+    first, second = (mean_of_runs(runs, skill) for skill in (0, 1))
+    said = f"{what}: nats per token, first skill {first:.4f}, second {second:.4f}, seeds {len(runs)}"
+    if len(runs) > 1:
+        said += f" ± {np.std([mean_nats(run) for run in runs], ddof=1):.4f}"
+    if against is not None:
+        low, high, p = bootstrap(against, runs)
+        said += f", gates less this 95 % [{low:.4f}, {high:.4f}], p {p:g}"
+    return Row(what=f"{said}; all", ours=round(mean_of_runs(runs), 4))
+
+
+ASKED = {"language": of_languages, "many": of_many, "transfer": of_transfer, "data": of_data, "places": of_places}
+
+
+def main() -> None:
+    """Run what is asked for, and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", default=",".join(ASKED))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rate", type=float, default=1e-2, help="learning rate of gates")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true")
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    bench = Bench(chosen.folder, rate=chosen.rate, quick=chosen.quick)
+    rows = [row for name in chosen.only.split(",") for row in ASKED[name](bench, chosen.seeds)]
+    if not chosen.quick:
+        write("fusion_questions", rows, command="python benchmarks/bench_fusion_questions.py FOLDER")
+
+
+if __name__ == "__main__":
+    main()
