@@ -10,6 +10,7 @@ import typer
 
 from flowra_pipelines import config_commands, fuse_commands, merge_commands, plan_commands, profile_commands
 from flowra_pipelines.errors import explain
+from flowra_pipelines.help_text import flow_paragraphs
 from flowra_pipelines.one_stage import quiet, run_one_stage
 
 __all__ = ["app", "main"]
@@ -228,6 +229,9 @@ def ui(
         uri = f"sqlite:///{here / 'mlflow.db'}" if settings is None else settings.tracking_uri
     experiment = (TrackingConfig() if settings is None else settings.tracking).experiment
     show_ui(uri=uri, experiment=experiment, port=port, browser=browser and sys.stdout.isatty())
+
+
+flow_paragraphs(app)
 
 
 def main() -> None:

@@ -39,6 +39,24 @@ def test_help_names_every_command_and_imports_nothing_heavy(tmp_path: Path) -> N
     assert found.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("width", [60, 100])
+@pytest.mark.parametrize("command", [["export"], ["fuse", "train"]])
+def test_paragraphs_of_help_are_broken_where_the_terminal_ends(command: list[str], width: int, tmp_path: Path) -> None:
+    environment = {**os.environ, "COLUMNS": str(width)}
+    arguments = [sys.executable, "-m", "flowra_pipelines.cli", *command, "--help"]
+    shown = subprocess.run(
+        arguments, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60, env=environment
+    ).stdout
+    lines = [line.strip() for line in shown.splitlines()]
+    begin = next(
+        index for index, line in enumerate(lines) if line.startswith(("Scales are folded", "Base and adapters"))
+    )
+    paragraph = lines[begin : lines.index("", begin)]
+    assert len(paragraph) > 1
+    for line, following in zip(paragraph, paragraph[1:], strict=False):
+        assert len(line) + len(following.split()[0]) > width - 4, line
+
+
 def test_a_typing_error_is_one_line_and_exit_code_2(config_file: Path) -> None:
     failed = flowra("run", str(config_file), "--set", "trainig.steps=5", cwd=config_file.parent)
     assert failed.returncode == 2
