@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import subprocess
@@ -53,7 +54,7 @@ def test_paragraphs_of_help_are_broken_where_the_terminal_ends(command: list[str
     )
     paragraph = lines[begin : lines.index("", begin)]
     assert len(paragraph) > 1
-    for line, following in zip(paragraph, paragraph[1:], strict=False):
+    for line, following in itertools.pairwise(paragraph):
         assert len(line) + len(following.split()[0]) > width - 4, line
 
 
