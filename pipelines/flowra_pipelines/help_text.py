@@ -8,7 +8,7 @@ __all__ = ["flow_paragraphs"]
 
 
 def flow_paragraphs(app: typer.Typer) -> None:
-    """Join the lines of each paragraph of all commands' help; one that starts with ``\\b`` keeps its lines."""
+    r"""Join the lines of each paragraph of all commands' help; one that starts with ``\b`` keeps its lines."""
     for command in app.registered_commands:
         written = command.help or inspect.getdoc(command.callback)
         command.help = None if written is None else _flowing(written)
