@@ -29,10 +29,10 @@ from transformers.utils import logging
 from flowra_adapters import LoRA, attach, match_modules, save_adapter
 from flowra_analysis import KFAC, DiagonalFisher, measure
 from flowra_compose import LowRankUpdate, ModuleStatistics, read_adapter
+from flowra_pipelines.config_sections import DataConfig, ModelConfig, TrainingConfig
 from flowra_pipelines.data import Examples, load_text_data, tokenise
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.progress import meter
-from flowra_pipelines.run_config import DataConfig, ModelConfig, TrainingConfig
 from flowra_pipelines.stages.setting import Setting, without_heads
 from flowra_pipelines.tasks import TASKS, load_model, load_tokenizer
 from flowra_pipelines.training import build_optimizer, data_order, learning_rate_factor, train_phase

@@ -51,8 +51,8 @@ from flowra_analysis import (
     hutchinson_trace,
     largest_eigenvalue,
 )
+from flowra_pipelines.config_sections import CalibrationConfig
 from flowra_pipelines.estimators import KINDS, estimate
-from flowra_pipelines.run_config import CalibrationConfig
 from flowra_pipelines.stages.calibrate import activation_spectra, spectra_of
 from flowra_pipelines.stages.setting import Layers
 from flowra_pipelines.tasks import TASKS

@@ -54,9 +54,9 @@ from flowra_allocation import (
     uniform_plan,
 )
 from flowra_allocation.trainer_callback import PenaltyCallback, RefinementCallback
+from flowra_pipelines.config_sections import DataConfig, ModelConfig, TrainingConfig
 from flowra_pipelines.data import load_text_data, tokenise
 from flowra_pipelines.errors import UserError
-from flowra_pipelines.run_config import DataConfig, ModelConfig, TrainingConfig
 from flowra_pipelines.stages.setting import Setting, without_heads
 from flowra_pipelines.tasks import TASKS as KINDS
 from flowra_pipelines.tasks import load_model, load_tokenizer

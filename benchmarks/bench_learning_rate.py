@@ -30,9 +30,9 @@ from transformers import PreTrainedModel
 
 from flowra_adapters import attach, match_modules
 from flowra_analysis import propose_learning_rate
+from flowra_pipelines.config_sections import DataConfig, ModelConfig, TrainingConfig
 from flowra_pipelines.data import load_text_data, tokenise
 from flowra_pipelines.errors import UserError
-from flowra_pipelines.run_config import DataConfig, ModelConfig, TrainingConfig
 from flowra_pipelines.stages.setting import Setting, without_heads
 from flowra_pipelines.tasks import TASKS as KINDS
 from flowra_pipelines.tasks import load_model, load_tokenizer

@@ -220,7 +220,8 @@ def ui(
     ] = True,
 ) -> None:
     """Compare runs on MLflow's page, served on this machine until Ctrl-C."""
-    from flowra_pipelines.run_config import RunConfig, TrackingConfig, load_config
+    from flowra_pipelines.config_sections import TrackingConfig
+    from flowra_pipelines.run_config import RunConfig, load_config
     from flowra_pipelines.ui import show_ui
 
     settings = None if config is None else load_config(config)
@@ -285,7 +286,7 @@ def _run(
 
 def _run_tasks(path: Path, overrides: list[str] | None, *, dry_run: bool, prefect: bool, force: bool) -> None:
     from flowra_pipelines.composition_config import load_composition
-    from flowra_pipelines.run_config import read_content
+    from flowra_pipelines.config_file import read_content
 
     content = read_content(path, overrides or [])
     config = load_composition(content)

@@ -10,16 +10,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
+from flowra_pipelines.config_file import explained, read_content
+from flowra_pipelines.config_sections import MergeRuleConfig, Section, TrackingConfig
 from flowra_pipelines.errors import UserError
-from flowra_pipelines.run_config import (
-    MergeRuleConfig,
-    RunConfig,
-    Section,
-    TrackingConfig,
-    explained,
-    load_config,
-    read_content,
-)
+from flowra_pipelines.run_config import RunConfig, load_config
 
 __all__ = ["CompositionConfig", "is_composition", "load_composition"]
 
@@ -97,7 +91,7 @@ def load_composition(source: str | Path | Mapping[str, Any], overrides: Sequence
     try:
         whole = CompositionConfig.model_validate({**mine, "tasks": {"none": {"run": _stand_in()}}})
     except ValidationError as error:
-        raise UserError(f"{explained(error)}; in {where}") from None
+        raise UserError(f"{explained(error, CompositionConfig)}; in {where}") from None
     made = {}
     for name, section in tasks.items():
         for key in HERE:
@@ -114,7 +108,7 @@ def load_composition(source: str | Path | Mapping[str, Any], overrides: Sequence
         try:
             made[name] = ComposedTask(weight=section.get("weight", 1.0), run=load_config(run))
         except (UserError, ValidationError) as error:
-            said = explained(error) if isinstance(error, ValidationError) else str(error)
+            said = explained(error, ComposedTask) if isinstance(error, ValidationError) else str(error)
             raise UserError(f"tasks.{name}: {said.removesuffix('; in the configuration')}; in {where}") from None
     bases = {each.run.model.path for each in made.values()}
     if len(bases) > 1:

@@ -231,7 +231,8 @@ def _optional(schema: Mapping[str, Any]) -> dict[str, Any]:
 def _given(file: Path, overrides: Sequence[str]) -> dict[str, tuple[object, str]]:
     """Return the value in force of every key, and where it comes from: ``default``, ``file`` or ``--set``."""
     from flowra_pipelines.composition_config import is_composition
-    from flowra_pipelines.run_config import load_config, read_content
+    from flowra_pipelines.config_file import read_content
+    from flowra_pipelines.run_config import load_config
 
     if is_composition(file):
         raise UserError(

@@ -15,8 +15,8 @@ from datasets.utils import logging
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from flowra_pipelines.config_sections import DataConfig
 from flowra_pipelines.errors import UserError
-from flowra_pipelines.run_config import DataConfig
 from flowra_pipelines.sources import resolve
 
 __all__ = ["Examples", "LabelKind", "Spread", "TextData", "load_text_data", "read_columns", "tokenise"]

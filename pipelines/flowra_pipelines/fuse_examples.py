@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+from flowra_pipelines.config_sections import DataConfig
 from flowra_pipelines.data import Examples, Row, load_text_data, tokenise
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.fuse_setting import FusedSetting
-from flowra_pipelines.run_config import DataConfig
 from flowra_pipelines.task_statistics import data_source
 
 __all__ = ["read_examples"]

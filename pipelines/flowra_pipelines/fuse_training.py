@@ -35,6 +35,7 @@ from flowra_compose.fusion import (
 )
 from flowra_compose.fusion.gate_files import FILES
 from flowra_pipelines.composition import as_user_errors
+from flowra_pipelines.config_sections import TrainingConfig
 from flowra_pipelines.data import Examples
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.export import adapter_folder
@@ -43,7 +44,6 @@ from flowra_pipelines.fuse_partial import PartialTraining
 from flowra_pipelines.fuse_setting import RECORD, FusedSetting, FuseRecord, open_setting, relative_to, write_record
 from flowra_pipelines.merge_job import check_out
 from flowra_pipelines.progress import console, meter
-from flowra_pipelines.run_config import TrainingConfig
 from flowra_pipelines.sources import resolve
 from flowra_pipelines.stages.record import code_hash
 from flowra_pipelines.training import LossCurve, train_phase

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from flowra_adapters.peft_writer import VLLM_RANKS
+from flowra_pipelines.config_sections import AllocationConfig
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.module_names import modules_called
-from flowra_pipelines.run_config import AllocationConfig
 
 __all__ = ["CAP_STEPS", "RankLimits", "caps_of", "check_cap_of_vllm", "rank_limits"]
 

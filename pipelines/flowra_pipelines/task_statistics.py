@@ -29,11 +29,12 @@ from flowra_analysis import (
     provenance_of,
 )
 from flowra_compose import ModuleStatistics
+from flowra_pipelines.config_sections import DataConfig, ModelConfig
 from flowra_pipelines.data import Examples, Spread, TextData, load_text_data, tokenise
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.export import CONFIGS, PREFIX, TENSORS
 from flowra_pipelines.progress import meter
-from flowra_pipelines.run_config import DataConfig, ModelConfig, RunConfig
+from flowra_pipelines.run_config import RunConfig
 from flowra_pipelines.sources import content_hash, resolve
 from flowra_pipelines.stages.setting import base_model, load_setting
 from flowra_pipelines.statistics_files import write_task_statistics

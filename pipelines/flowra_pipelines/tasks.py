@@ -20,9 +20,9 @@ from transformers import (
 from transformers.utils import logging
 
 from flowra_analysis import drawn_class_losses, drawn_target_losses, drawn_token_losses
+from flowra_pipelines.config_sections import ModelConfig
 from flowra_pipelines.data import LabelKind, TextData
 from flowra_pipelines.errors import UserError
-from flowra_pipelines.run_config import ModelConfig
 from flowra_pipelines.sources import resolve
 from flowra_pipelines.statistics import ACCURACY, LANGUAGE_LOSS, LOSS, R_SQUARED, SPEARMAN, SQUARED_ERROR, Measure
 

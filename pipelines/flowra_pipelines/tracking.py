@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from flowra_pipelines.config_sections import TrackingConfig
 from flowra_pipelines.databases import put_database, sqlite_file
-from flowra_pipelines.run_config import TrackingConfig
 from flowra_pipelines.stages.record import StageRecord, StageResult
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from flowra_pipelines.config_sections import TrainingConfig
 from flowra_pipelines.data import Examples
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.progress import Meter, meter
-from flowra_pipelines.run_config import TrainingConfig
 
 __all__ = ["LossCurve", "LossOfBatch", "build_optimizer", "data_order", "learning_rate_factor", "train_phase"]
 

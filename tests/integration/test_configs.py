@@ -9,8 +9,9 @@ import pytest
 from pydantic import BaseModel
 
 from flowra_pipelines.composition_config import load_composition
+from flowra_pipelines.config_sections import ModelConfig
 from flowra_pipelines.errors import UserError
-from flowra_pipelines.run_config import ModelConfig, RunConfig, load_config
+from flowra_pipelines.run_config import RunConfig, load_config
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DEMO = Path(str(files("flowra_pipelines").joinpath("configs", "demo.yaml")))

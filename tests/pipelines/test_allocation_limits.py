@@ -15,10 +15,11 @@ from flowra_adapters import load_adapter, read_checkpoint
 from flowra_allocation import ModulePlan, RankPlan, allocate, read_plan, static_plans, write_plan
 from flowra_analysis import read_profile
 from flowra_pipelines import plots
+from flowra_pipelines.config_sections import AllocationConfig
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.policies import largest_ranks
 from flowra_pipelines.rank_limits import CAP_STEPS, caps_of, rank_limits
-from flowra_pipelines.run_config import AllocationConfig, RunConfig, load_config
+from flowra_pipelines.run_config import RunConfig, load_config
 from flowra_pipelines.stages.record import StageRecord, StageResult, run_stage
 from flowra_pipelines.stages.setting import base_model, load_setting, lora_layers
 from flowra_pipelines.stages.table import WORK

@@ -18,8 +18,9 @@ from pydantic import BaseModel
 from flowra_pipelines.cli import main
 from flowra_pipelines.composition_config import load_composition
 from flowra_pipelines.config_commands import composition_schema, config_schema, keys, schema_text
+from flowra_pipelines.config_sections import POLICY_KEYS, RefinementConfig
 from flowra_pipelines.errors import UserError
-from flowra_pipelines.run_config import POLICY_KEYS, RefinementConfig, RunConfig, load_config
+from flowra_pipelines.run_config import RunConfig, load_config
 
 ROOT = Path(__file__).parents[2]
 FORMATS = ROOT / "docs" / "formats"

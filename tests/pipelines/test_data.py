@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from flowra_pipelines.config_sections import DataConfig
 from flowra_pipelines.data import load_text_data
 from flowra_pipelines.errors import UserError
-from flowra_pipelines.run_config import DataConfig
 from flowra_pipelines.sources import content_hash, resolve
 from flowra_testing.tiny_runs import write_reviews, write_scores
 

@@ -145,7 +145,8 @@ def test_tracking_makes_its_database_once_and_leaves_nothing_else(
 @pytest.mark.slow
 def test_processes_that_make_the_tracking_database_at_once_share_it(tmp_path: Path) -> None:
     program = (
-        "import sys; from flowra_pipelines.tracking import open_tracking; from flowra_pipelines.run_config import *;"
+        "import sys; from flowra_pipelines.tracking import open_tracking;"
+        "from flowra_pipelines.run_config import load_config;"
         "config = {'name': 'a', 'model': {'path': 'm'}, 'data': {'train': 'd.csv'}, 'output_root': sys.argv[1]};"
         "open_tracking(load_config(config)).create_experiment(sys.argv[2])"
     )

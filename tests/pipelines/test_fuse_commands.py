@@ -20,11 +20,11 @@ from flowra_compose import read_adapter
 from flowra_compose.fusion import StaticWeights, fuse
 from flowra_pipelines import fuse_training
 from flowra_pipelines.cli import main
+from flowra_pipelines.config_sections import DataConfig
 from flowra_pipelines.data import load_text_data, tokenise
 from flowra_pipelines.fuse_examples import read_examples
 from flowra_pipelines.fuse_setting import FusedSetting, open_fused, open_setting, read_record
 from flowra_pipelines.fuse_training import FuseJob, TrainSettings, train_gates
-from flowra_pipelines.run_config import DataConfig
 from flowra_testing.tiny_runs import BAD, FILLER, write_tiny_bert, write_tiny_llama
 
 Here = Callable[..., tuple[int, str, str]]

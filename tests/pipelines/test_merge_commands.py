@@ -14,8 +14,9 @@ from transformers import AutoModelForSequenceClassification
 from flowra_adapters import attach, save_adapter
 from flowra_compose import RULES, read_adapter
 from flowra_compose.interference_files import read_interference
+from flowra_pipelines.config_sections import MergeConfig
 from flowra_pipelines.merge_rules import MERGE_RULES
-from flowra_pipelines.run_config import MergeConfig, load_config
+from flowra_pipelines.run_config import load_config
 from flowra_pipelines.stages.setting import base_model, load_setting
 from flowra_pipelines.statistics_files import read_task_statistics
 from flowra_testing.tiny_runs import tiny_config, write_tiny_llama

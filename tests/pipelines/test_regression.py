@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, PreTrainedModel
 
 from flowra_adapters import load_adapter, read_checkpoint
+from flowra_pipelines.config_sections import ModelConfig
 from flowra_pipelines.data import Spread, TextData
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.results_table import results_as_markdown
-from flowra_pipelines.run_config import ModelConfig, RunConfig, load_config
+from flowra_pipelines.run_config import RunConfig, load_config
 from flowra_pipelines.stages.evaluate import score
 from flowra_pipelines.stages.record import STAGES, StageResult, run_stage
 from flowra_pipelines.stages.setting import base_model, load_setting

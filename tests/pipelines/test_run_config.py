@@ -7,16 +7,10 @@ from torch import nn
 
 from flowra_adapters import attach
 from flowra_allocation import AdaLoRA, Breathe, FlexLoRA, FlexLoRASchedule, RefinementSchedule, Shrink, allocate
+from flowra_pipelines.config_file import read_content
+from flowra_pipelines.config_sections import POLICY_KEYS, AdapterConfig, AllocationConfig, RefinementConfig
 from flowra_pipelines.errors import UserError
-from flowra_pipelines.run_config import (
-    POLICY_KEYS,
-    AdapterConfig,
-    AllocationConfig,
-    RefinementConfig,
-    RunConfig,
-    load_config,
-    read_content,
-)
+from flowra_pipelines.run_config import RunConfig, load_config
 from flowra_pipelines.static_plans import STATIC
 
 MINIMAL: dict[str, Any] = {"name": "one", "model": {"path": "m"}, "data": {"train": "d.csv"}}

@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from flowra_adapters import attach, save_adapter
+from flowra_pipelines.config_sections import ModelConfig
 from flowra_pipelines.data import TextData
 from flowra_pipelines.errors import UserError
-from flowra_pipelines.run_config import ModelConfig
 from flowra_pipelines.tasks import TASKS, load_model
 from flowra_testing.tiny_runs import write_tiny_bert
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flowra_adapters import attach
+from flowra_pipelines.config_sections import TrainingConfig
 from flowra_pipelines.data import Examples
 from flowra_pipelines.errors import UserError
-from flowra_pipelines.run_config import TrainingConfig
 from flowra_pipelines.tasks import TASKS
 from flowra_pipelines.training import LossCurve, build_optimizer, data_order, learning_rate_factor, train_phase
 from flowra_pipelines.training_state import (

@@ -65,7 +65,7 @@ def composition(
         UserError: for what the user or the machine's owner can put right.
     """
     get_run_logger().info("Working directory: %s", Path.cwd())
-    from flowra_pipelines.run_config import read_content
+    from flowra_pipelines.config_file import read_content
 
     content = read_content(config, overrides)
     settings = load_composition(content)

@@ -11,12 +11,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flowra_adapters import LoRA, SVDForm, adapters, linear_size, match_modules
 from flowra_allocation import parse_budget
+from flowra_pipelines.config_sections import DataConfig, ModelConfig
 from flowra_pipelines.data import Examples, TextData, load_text_data, tokenise
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.layer_names import layers_called
 from flowra_pipelines.placements import PLACEMENTS, placed
 from flowra_pipelines.rank_limits import rank_limits
-from flowra_pipelines.run_config import DataConfig, ModelConfig, RunConfig
+from flowra_pipelines.run_config import RunConfig
 from flowra_pipelines.same_budget import parameters_of
 from flowra_pipelines.tasks import TASKS, Task, load_model, load_tokenizer
 
