@@ -17,7 +17,7 @@ from matplotlib.colors import Colormap, ListedColormap, Normalize
 from matplotlib.figure import Figure
 
 from flowra_compose.fusion import GateInspection, TextWeights
-from flowra_pipelines.report_figures import FAINT, STYLES, fitting_size, plain_name, styled
+from flowra_pipelines.figure_style import FAINT, STYLES, fitting_size, plain_name, styled
 
 __all__ = ["CAPTIONS", "WeightScale", "layer_labels", "layer_means", "visible", "weight_maps", "weight_scale"]
 

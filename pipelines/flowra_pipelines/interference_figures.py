@@ -5,7 +5,6 @@ that a page can say what it is where the pointer rests (:data:`Hovers`).
 """
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
@@ -17,9 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from flowra_analysis import LAYER_TYPES, layer_type
-from flowra_pipelines.plots import ModuleGrid, module_grid
-from flowra_pipelines.report_figures import FAINT, GAP, fitting_size, plain_name, styled
+from flowra_pipelines.figure_style import FAINT, GAP, NOTHING, fitting_size, ink_on, plain_name, styled
+from flowra_pipelines.module_grid import frame_cells, frame_grid, module_grid, rows_by_type
 
 __all__ = ["CAPTIONS", "Hovers", "cell_name", "module_maps", "predicted_and_measured", "task_pairs"]
 
@@ -38,7 +36,6 @@ CAPTIONS: Mapping[str, str] = {
     "predicted_and_measured": "Share of the gain of its adapter that each task loses: predicted from cross-talk, and"
     " measured by scores. The lines are the limits of the advice.",
 }
-NO_VALUE = "#d9dee3"
 NUMBERED = 2000
 """Cells of a picture up to which each is drawn, and named, by itself."""
 WIDE = 14
@@ -94,7 +91,7 @@ def _task_pairs(
                 _cell(axes, key, row, column, value, colours, norm, "–" if value is None else f"{value:.2f}")
                 said = "not known" if value is None else f"{value:.4f}"
                 hovers[key] = f"{title or label}, {first} and {second}: {said}"
-        _frame(axes, len(tasks), len(tasks), names, names)
+        frame_cells(axes, names, names)
         axes.tick_params(axis="x", rotation=35)
         for text in axes.get_xticklabels():
             text.set(ha="right", rotation_mode="anchor")
@@ -123,7 +120,7 @@ def _module_maps(panels: Mapping[str, Mapping[str, float]], label: str, logarith
     """Draw, and note what cells say."""
     names = list(dict.fromkeys(name for values in panels.values() for name in values))
     place = module_grid(names)
-    order = _rows(names, place)
+    order = rows_by_type(place)
     row_of = {row: index for index, (row, _) in enumerate(order)}
     labels = [each for _, each in order]
     height, width = len(order), len(place.blocks)
@@ -151,8 +148,7 @@ def _module_maps(panels: Mapping[str, Mapping[str, float]], label: str, logarith
             for name, (row, column) in place.places.items():
                 image[row_of[row], column] = values.get(name, np.nan)
             axes.imshow(image, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
-        _frame(axes, height, width, labels, ["–" if block is None else str(block) for block in place.blocks])
-        axes.set_xlabel("block" + ("   (–: outside the blocks)" if None in place.blocks else ""))
+        frame_grid(axes, place, labels)
         axes.set_title(plain_name(title))
         drawn.append(axes)
     ticks = [LEAST, 1e-2, 1e-1, 1.0, 10.0] if logarithmic else [0, 0.25, 0.5, 0.75, 1]
@@ -207,20 +203,9 @@ def predicted_and_measured(
 def _cell(
     axes: Axes, name: str, row: int, column: int, value: float | None, colours: Colormap, norm: Normalize, text: str
 ) -> None:
-    colour = mpl.colors.to_rgba(NO_VALUE) if value is None else colours(float(norm(value)))
+    colour = mpl.colors.to_rgba(NOTHING) if value is None else colours(float(norm(value)))
     axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=colour, edgecolor=GAP, linewidth=0.8, gid=name))
-    red, green, blue, _ = colour
-    ink = "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else "#111111"
-    axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=ink, gid=f"{name}-text")
-
-
-def _frame(axes: Axes, height: int, width: int, rows: Sequence[str], columns: Sequence[str]) -> None:
-    axes.set_xlim(-0.5, width - 0.5)
-    axes.set_ylim(height - 0.5, -0.5)
-    axes.set_xticks(range(width), columns)
-    axes.set_yticks(range(height), rows)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
+    axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=ink_on(colour), gid=f"{name}-text")
 
 
 def _bar(
@@ -243,15 +228,6 @@ def _ratio_colours() -> tuple[Colormap, Normalize]:
     """Return blue below 0.1 and red above, by the logarithm."""
     colours = ListedColormap(mpl.colormaps["RdBu_r"](np.linspace(0.08, 0.92, 256)))
     return colours, LogNorm(LEAST, 10.0, clip=True)
-
-
-def _rows(names: Sequence[str], place: ModuleGrid) -> list[tuple[int, str]]:
-    """Order the rows by type of layer; call a row by its type where no other has it, otherwise by its own name."""
-    type_of = {place.places[name][0]: layer_type(name) for name in names}
-    count = Counter(type_of.values())
-    order = sorted(type_of, key=lambda row: (LAYER_TYPES.index(type_of[row]), row))
-    alone = {row for row in order if count[type_of[row]] == 1 and type_of[row] != "other"}
-    return [(row, type_of[row] if row in alone else plain_name(place.kinds[row])) for row in order]
 
 
 def _short(value: float | None) -> str:

@@ -1,6 +1,6 @@
-"""The pictures of how rank moved: ranks over time, the budget's path, and what the final updates look like.
+"""The pictures of rank: where a plan puts it, how it moved, the budget's path, and what the final updates look like.
 
-Colours as in :mod:`flowra_pipelines.report_figures`; ranks have those of viridis, which differ in lightness.
+Colours as in :mod:`flowra_pipelines.figure_style`; ranks have those of viridis, which differ in lightness.
 """
 
 import math
@@ -21,10 +21,18 @@ from torch import Tensor
 from flowra_allocation import RankHistory
 from flowra_allocation.importance import spectral_entropy
 from flowra_analysis import LAYER_TYPES, layer_type
-from flowra_pipelines.plots import layer_and_kind
-from flowra_pipelines.report_figures import FAINT, GAP, INK, STYLES, fitting_size, plain_name, styled
+from flowra_pipelines.figure_style import FAINT, GAP, INK, NOTHING, STYLES, fitting_size, ink_on, plain_name, styled
+from flowra_pipelines.module_grid import frame_grid, layer_and_kind, module_grid, rows_by_type
 
-__all__ = ["CAPTIONS", "Shape", "budget_path", "magnitude_and_entropy", "rank_over_time", "shape_of_spectrum"]
+__all__ = [
+    "CAPTIONS",
+    "Shape",
+    "budget_path",
+    "magnitude_and_entropy",
+    "rank_map",
+    "rank_over_time",
+    "shape_of_spectrum",
+]
 
 CAPTIONS = {
     "rank_over_time": "The rank of every module between events: time to the right, a panel for each type of layer, in"
@@ -36,10 +44,11 @@ CAPTIONS = {
     "budget_path": "Adapter parameters that the policy allowed and those that were there, event by event, and the most"
     " that there ever were.",
 }
-NO_RANK = "#d9dee3"
 ALLOWED, USED = "#e69f00", "#0072b2"
 NAMED_ROWS = 16
 """Rows of a panel that are all named; of more, some."""
+NUMBERED = 2000
+"""Cells up to which each shows its number."""
 DISCRETE = 12
 """Ranks up to which each has a step of its own on the colour bar."""
 Shape = tuple[float, float, int]
@@ -57,6 +66,45 @@ def shape_of_spectrum(singular_values: Tensor) -> Shape:
     """
     mean = float(singular_values.double().mean())
     return mean, min(1.0, max(0.0, spectral_entropy(singular_values))), len(singular_values)
+
+
+@styled
+def rank_map(ranks: Mapping[str, int]) -> Figure:
+    """Draw the rank of each module, blocks across and types of layers down.
+
+    Args:
+        ranks: module name to rank ≥ 0; at least one module.
+
+    Returns:
+        The picture.
+    """
+    place = module_grid(ranks)
+    order = rows_by_type(place)
+    labels = [label for _, label in order]
+    row_of = {row: index for index, (row, _) in enumerate(order)}
+    values = np.full((len(labels), len(place.blocks)), np.nan)
+    for name, (row, column) in place.places.items():
+        values[row_of[row], column] = ranks[name]
+    largest = max(1, max(ranks.values()))
+    colours, norm = _rank_colours(largest)
+    beyond = 0.068 * max(0, max(map(len, labels)) - 14)
+    size = fitting_size(2.6 + 0.5 * len(place.blocks) + beyond, 1.4 + 0.4 * len(labels))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(np.where(values == 0, 0.0, np.nan), cmap=ListedColormap([NOTHING]), aspect="auto")
+    axes.imshow(np.where(values > 0, values, np.nan), cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
+    for row, column in np.argwhere(values > 0) if values.size <= NUMBERED else ():
+        rank = int(values[row, column])
+        ink = ink_on(colours(float(norm(rank))))
+        axes.text(column, row, str(rank), ha="center", va="center", fontsize=8, color=ink)
+    frame_grid(axes, place, labels)
+    axes.set_xticks(np.arange(1, len(place.blocks)) - 0.5, minor=True)
+    axes.set_yticks(np.arange(1, len(labels)) - 0.5, minor=True)
+    axes.grid(which="minor", color=GAP, linewidth=0.8)
+    axes.tick_params(which="minor", length=0)
+    _bar(figure, [axes], largest, "planned rank", aspect=24, fraction=0.15)
+    figure.legend(handles=[Patch(facecolor=NOTHING, label="no rank")], loc="outside lower left", handlelength=1.4)
+    return figure
 
 
 @styled
@@ -92,7 +140,7 @@ def rank_over_time(history: RankHistory) -> Figure:
             lines = np.arange(len(names) + 1) - 0.5
             image = axes.pcolormesh(edges, lines, values, cmap=colours, norm=norm)
             image.set_rasterized(values.size > 4000)
-            axes.set_facecolor(NO_RANK)
+            axes.set_facecolor(NOTHING)
             for step in edges[1:-1] if len(edges) <= 2 * NAMED_ROWS else []:
                 axes.axvline(step, color=GAP, linewidth=0.6)
             axes.hlines(lines[1:-1], edges[0], edges[-1], color=GAP, linewidth=0.4 if len(names) < 40 else 0.0)
@@ -104,20 +152,8 @@ def rank_over_time(history: RankHistory) -> Figure:
             axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5, integer=True))
             axes.set_xlabel("step")
             drawn.append(axes)
-    bar = figure.colorbar(
-        mpl.cm.ScalarMappable(norm, colours),
-        ax=drawn,
-        label="rank (directions)",
-        shrink=0.9,
-        aspect=40,
-        fraction=0.03,
-        pad=0.02,
-    )
-    if largest <= DISCRETE:
-        bar.set_ticks([rank + 0.0 for rank in range(1, largest + 1)], labels=[str(r) for r in range(1, largest + 1)])
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(length=0)
-    figure.legend(handles=[Patch(facecolor=NO_RANK, label="no rank")], loc="outside lower left", handlelength=1.4)
+    _bar(figure, drawn, largest, "rank (directions)", aspect=40, fraction=0.03)
+    figure.legend(handles=[Patch(facecolor=NOTHING, label="no rank")], loc="outside lower left", handlelength=1.4)
     return figure
 
 
@@ -152,13 +188,7 @@ def magnitude_and_entropy(shapes: Mapping[str, Shape]) -> Figure:
     axes.set_xlim(left=0)
     axes.grid(color=FAINT, alpha=0.25, linewidth=0.6)
     axes.set_axisbelow(True)
-    bar = figure.colorbar(
-        mpl.cm.ScalarMappable(norm, colours), ax=axes, label="final rank (directions)", aspect=24, pad=0.02
-    )
-    if largest <= DISCRETE:
-        bar.set_ticks([rank + 0.0 for rank in range(1, largest + 1)], labels=[str(r) for r in range(1, largest + 1)])
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(length=0)
+    _bar(figure, [axes], largest, "final rank (directions)", aspect=24, fraction=0.15)
     handles = [
         Line2D([], [], linestyle="none", marker=mark, color=INK, markersize=5, markeredgewidth=0, label=kind)
         for kind, mark in met.items()
@@ -252,3 +282,14 @@ def _rank_colours(largest: int) -> tuple[Colormap, Normalize]:
         return mpl.colormaps["viridis"], Normalize(1, largest)
     colours = ListedColormap(mpl.colormaps["viridis"](np.linspace(0.05, 1.0, largest)))
     return colours, BoundaryNorm([rank + 0.5 for rank in range(largest + 1)], largest)
+
+
+def _bar(figure: Figure, axes: list[Axes], largest: int, label: str, *, aspect: float, fraction: float) -> None:
+    """Draw the scale of ranks."""
+    colours, norm = _rank_colours(largest)
+    scale = mpl.cm.ScalarMappable(norm, colours)
+    bar = figure.colorbar(scale, ax=axes, label=label, shrink=0.9, aspect=aspect, fraction=fraction, pad=0.02)
+    if largest <= DISCRETE:
+        bar.set_ticks([rank + 0.0 for rank in range(1, largest + 1)], labels=[str(r) for r in range(1, largest + 1)])
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0)

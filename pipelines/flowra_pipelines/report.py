@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from flowra_analysis import FlowProfile, layer_type, rank_correlation, summarise
 from flowra_pipelines import report_figures
 from flowra_pipelines.errors import UserError
-from flowra_pipelines.plots import layer_and_kind
+from flowra_pipelines.module_grid import layer_and_kind
 from flowra_pipelines.profile_commands import find_profile, printable, read_profile_at
 from flowra_pipelines.progress import console
 from flowra_pipelines.report_parts import picture, table

@@ -1,15 +1,9 @@
-"""The pictures of ``flowra report``: ψ by place and by type, spectra, effective ranks, estimators, ablations.
-
-Colours differ for the colour-blind, too (Okabe & Ito; blue and red for below and above), and lines differ in their
-dashes and marks as well. Text and axes have colours of their own, :data:`INK`, :data:`FAINT` and :data:`GAP`, so that a
-page may exchange them.
-"""
+"""The pictures of ``flowra report``: ψ by place and by type, spectra, effective ranks, estimators, ablations."""
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import wraps
-from typing import Any, Literal, ParamSpec
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -22,64 +16,34 @@ from matplotlib.patches import Patch, Rectangle
 from numpy.typing import NDArray
 
 from flowra_analysis import LAYER_TYPES, FlowProfile, layer_type, rank_correlation
-from flowra_pipelines.plots import layer_and_kind, module_grid
-from flowra_pipelines.profile_commands import printable
+from flowra_pipelines.figure_style import FAINT, GAP, INK, STYLES, fitting_size, ink_on, plain_name, styled, type_legend
+from flowra_pipelines.module_grid import frame_grid, layer_and_kind, module_grid, rows_by_type
 from flowra_pipelines.report_validation import LossChange
 
 __all__ = [
-    "FAINT",
-    "GAP",
-    "INK",
-    "STYLES",
     "Rows",
     "ablation_correlations",
     "ablation_scatter",
     "effective_ranks",
     "estimator_agreement",
-    "fitting_size",
     "layer_types",
-    "plain_name",
     "rank_kinds",
     "sensitivity_map",
     "spectral_decay",
-    "styled",
-    "type_legend",
     "uncertain",
 ]
 
-INK = "#24292e"
-FAINT = "#818a93"
-GAP = "#fefefe"
-"""Between cells."""
 HATCH = "#9aa3ad"
 HALF = 0.5
 """ψ of the median module."""
 ERRORS = 2.0
 """Standard errors within which ψ is not told from that of the median module."""
-LABEL = 40
-"""Characters of a name beside an axis."""
-MAX_SIDE = 60.0
-"""Inches of a picture's longer side."""
 NUMBERED = 2000
 """Cells up to which each shows its number."""
 FLOOR = 1e-5
 """Least σᵢ/σ₁ that is drawn."""
 POINTS = 80
 """Points of a spectrum that are drawn."""
-Dashes = Literal["-", "--", "-.", ":"]
-STYLES: Mapping[str, tuple[str, Dashes, str]] = {  # colour, dashes, mark
-    "Q": ("#0072b2", "-", "o"),
-    "K": ("#56b4e9", "--", "s"),
-    "V": ("#009e73", "-.", "^"),
-    "QKV": ("#0072b2", "-", "o"),
-    "O": ("#d55e00", "-", "D"),
-    "gate": ("#9a8c1f", ":", "v"),
-    "up": ("#e69f00", "--", "P"),
-    "gate+up": ("#e69f00", "--", "P"),
-    "down": ("#b0529f", "-", "X"),
-    "embedding": ("#7f8c9b", "--", "h"),
-    "other": ("#7f8c9b", ":", "*"),
-}
 ORDER = ("flow_gains", "weight", "gradient", "kfac_gradient", "activation", "update")
 """Of kinds of spectra; others follow."""
 TITLES = {
@@ -93,47 +57,6 @@ TITLES = {
 MARKS = ("o", "s", "^", "D", "v", "P")
 Rows = Mapping[str, Mapping[str, tuple[float, float, float]]]
 """Name to ablation to a correlation with the ends of its interval."""
-
-STYLE: dict[Any, Any] = {
-    "figure.facecolor": "white",
-    "font.family": ["DejaVu Sans"],
-    "font.size": 9.0,
-    "axes.titlesize": 10.0,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 8.0,
-    "axes.labelsize": 9.0,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "axes.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "text.color": INK,
-    "text.parse_math": False,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "xtick.labelsize": 8.0,
-    "ytick.labelsize": 8.0,
-    "legend.frameon": False,
-    "legend.fontsize": 8.0,
-    "hatch.linewidth": 0.6,
-    "axes.formatter.use_mathtext": False,
-}
-P = ParamSpec("P")
-
-
-def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Draw with the type and the colours that all pictures share."""
-
-    @wraps(draw)
-    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        with mpl.rc_context(STYLE):
-            return draw(*args, **kwargs)
-
-    return drawn
 
 
 def uncertain(value: float, error: float | None) -> bool:
@@ -153,7 +76,7 @@ def sensitivity_map(psi: Mapping[str, float], errors: Mapping[str, float]) -> Fi
         The picture.
     """
     place = module_grid(psi)
-    order = _rows(psi, place.kinds, place.places)
+    order = rows_by_type(place)
     height, width = len(order), len(place.blocks)
     row_of = {row: index for index, (row, _) in enumerate(order)}
     labels = [label for _, label in order]
@@ -170,14 +93,7 @@ def sensitivity_map(psi: Mapping[str, float], errors: Mapping[str, float]) -> Fi
         for name, (row, column) in place.places.items():
             grid[row_of[row], column] = psi[name]
         axes.imshow(grid, cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    axes.set_xlim(-0.5, width - 0.5)
-    axes.set_ylim(-0.5, height - 0.5)
-    axes.invert_yaxis()
-    axes.set_xticks(range(width), ["–" if block is None else str(block) for block in place.blocks])
-    axes.set_yticks(range(height), labels)
-    axes.tick_params(length=0)
-    axes.set_xlabel("block" + ("   (–: outside the blocks)" if None in place.blocks else ""))
-    axes.spines[:].set_visible(False)
+    frame_grid(axes, place, labels)
     bar = figure.colorbar(ScalarMappable(Normalize(0, 1), colours), ax=axes, shrink=0.9, aspect=24, pad=0.02, label="ψ")
     bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "¼", "½ median", "¾", "1"])
     bar.outline.set_visible(False)
@@ -454,26 +370,11 @@ def _cell(
     axes.add_patch(Rectangle(corner, 1, 1, facecolor=colour, edgecolor=GAP, linewidth=0.8))
     if uncertain(value, error):
         axes.add_patch(Rectangle(corner, 1, 1, fill=False, hatch="////", edgecolor=HATCH, linewidth=0))
-    red, green, blue, _ = colour
-    ink = "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else "#111111"
     box = {"boxstyle": "round,pad=0.12", "facecolor": colour, "edgecolor": "none"}
-    centred: dict[str, Any] = {"ha": "center", "va": "center", "color": ink, "bbox": box}
+    centred: dict[str, Any] = {"ha": "center", "va": "center", "color": ink_on(colour), "bbox": box}
     axes.text(column, row - (0.13 if error else 0.0), _short(value), fontsize=8, **centred)
     if error:
         axes.text(column, row + 0.24, f"±{_short(error)}" if error >= 0.005 else "±<.01", fontsize=5.8, **centred)
-
-
-def _rows(
-    names: Mapping[str, float], kinds: Sequence[str], places: Mapping[str, tuple[int, int]]
-) -> list[tuple[int, str]]:
-    """Order the rows by type of layer; call a row by its type where no other has it, otherwise by its own name."""
-    type_of = {places[name][0]: layer_type(name) for name in names}
-    count: dict[str, int] = defaultdict(int)
-    for kind in type_of.values():
-        count[kind] += 1
-    order = sorted(type_of, key=lambda row: (LAYER_TYPES.index(type_of[row]), row))
-    alone = {row for row in order if count[type_of[row]] == 1 and type_of[row] != "other"}
-    return [(row, type_of[row] if row in alone else plain_name(kinds[row])) for row in order]
 
 
 def _by_type(values: Mapping[str, object]) -> dict[str, list[str]]:
@@ -530,21 +431,6 @@ def _grid(figure: Figure, count: int) -> Iterator[Axes]:
             axes.remove()
 
 
-def type_legend(figure: Figure, met: set[str], *, lines: bool = True) -> None:
-    """Say below the panels how the types of layers are drawn."""
-    handles = []
-    for kind in LAYER_TYPES:
-        if kind in met:
-            colour, dashes, mark = STYLES[kind]
-            handles.append(
-                Line2D(
-                    [], [], color=colour, linestyle=dashes if lines else "none", marker=mark, markersize=5, label=kind
-                )
-            )
-    columns = min(len(handles), 9)
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=3.2 if lines else 1.2)
-
-
 def _plain_ticks(axes: Axes, longest: int) -> None:
     steps = (1, 2, 5) if longest < 100 else (1,)
     ticks = [step * 10**power for power in range(len(str(longest))) for step in steps if step * 10**power <= longest]
@@ -557,20 +443,9 @@ def _power(value: float, position: float) -> str:
     return f"{value:g}" if exponent > -3 else "10⁻" + "⁰¹²³⁴⁵⁶⁷⁸⁹"[-exponent]
 
 
-def fitting_size(width: float, height: float) -> tuple[float, float]:
-    """Return a figure's size in inches, cut to what a page can hold."""
-    return min(width, MAX_SIDE), min(height, MAX_SIDE)
-
-
 def _short(value: float) -> str:
     """Write a number in [0, 1] with two digits, without its zero."""
     return f"{value:.2f}".removeprefix("0") if 0 <= value < 0.995 else f"{value:.2f}"
-
-
-def plain_name(name: str) -> str:
-    """Write a name so that every font has its characters; of a long one the end."""
-    written = printable(name).encode("ascii", "backslashreplace").decode("ascii")
-    return written if len(written) <= LABEL else f"...{written[3 - LABEL :]}"
 
 
 def _beyond(labels: Sequence[str]) -> float:

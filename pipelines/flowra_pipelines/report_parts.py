@@ -8,16 +8,16 @@ from html import escape
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from flowra_pipelines import report_figures
+from flowra_pipelines import figure_style
 
 __all__ = ["picture", "table"]
 
 PIXELS = 1.25
 """Of the page for each point of a picture, at most; nine tenths of a point at least, below that it scrolls."""
 VARIABLES = {
-    report_figures.INK: "var(--ink)",
-    report_figures.FAINT: "var(--faint)",
-    report_figures.GAP: "var(--card)",
+    figure_style.INK: "var(--ink)",
+    figure_style.FAINT: "var(--faint)",
+    figure_style.GAP: "var(--card)",
 }
 """What the page colours as it is light or dark."""
 NAMES = ("module", "type", "estimator")

@@ -14,7 +14,6 @@ import torch
 from flowra_adapters import load_adapter, read_checkpoint
 from flowra_allocation import ModulePlan, RankPlan, allocate, read_plan, static_plans, write_plan
 from flowra_analysis import read_profile
-from flowra_pipelines import plots
 from flowra_pipelines.config_sections import AllocationConfig
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.policies import largest_ranks
@@ -24,6 +23,7 @@ from flowra_pipelines.stages.record import StageRecord, StageResult, run_stage
 from flowra_pipelines.stages.setting import base_model, load_setting, lora_layers
 from flowra_pipelines.stages.table import WORK
 from flowra_pipelines.stages.train import bring_to_ranks
+from flowra_testing.no_pictures import draw_nothing
 from flowra_testing.tiny_runs import tiny_config
 
 NAMES = ("h.0.q_proj", "h.0.v_proj", "h.0.down_proj", "h.1.q_proj")
@@ -102,8 +102,7 @@ def test_caps_hold_while_rank_moves_but_take_nothing_away() -> None:
 def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with the inputs and a finished calibration."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in plots.__all__:
-            patch.setattr(plots, name, Mock())  # no test here is about pictures
+        draw_nothing(patch)
         torch.set_num_threads(1)
         folder = tmp_path_factory.mktemp("limits")
         run(load_config(tiny_config(folder, refinement={"policy": "none"})), "calibrate")

@@ -19,7 +19,6 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
-from unittest.mock import Mock
 
 import datasets
 import pytest
@@ -32,7 +31,6 @@ from torch import Tensor, nn
 from flowra_allocation import read_plan
 from flowra_analysis import read_profile, write_profile
 from flowra_compose import read_adapter
-from flowra_pipelines import plots, refinement_figures
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.merge_rules import MERGE_RULES
 from flowra_pipelines.run_config import RunConfig, load_config
@@ -42,6 +40,7 @@ from flowra_pipelines.stages.table import WORK
 from flowra_pipelines.task_statistics import MeasureSettings, measure_run
 from flowra_pipelines.tasks import SequenceClassification
 from flowra_pipelines.tracking import Tracker
+from flowra_testing.no_pictures import draw_nothing
 from flowra_testing.tiny_runs import BAD, FILLER, GOOD, write_tiny_bert, write_tiny_llama
 
 HUB = "somebody/reviews"
@@ -739,10 +738,7 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with the inputs of all rows and the unchanged run, finished."""
     folder = tmp_path_factory.mktemp("origin")
     with pytest.MonkeyPatch.context() as patch:
-        for name in plots.__all__:
-            patch.setattr(plots, name, Mock())  # half of the time, and no key is about pictures
-        for name in ("rank_over_time", "budget_path", "magnitude_and_entropy"):
-            patch.setattr(refinement_figures, name, Mock())
+        draw_nothing(patch)
         for name in ("calibrate", "validate"):
             patch.setattr(import_module(f"flowra_pipelines.stages.{name}"), "profile_report", lambda *_: ({}, "a page"))
         torch.set_num_threads(1)

@@ -27,10 +27,10 @@ from flowra_compose.fusion import (
     write_gates,
 )
 from flowra_compose.fusion.gates import Level
+from flowra_pipelines.figure_style import FAINT, GAP, INK
 from flowra_pipelines.fuse_inspection import FILES, InspectionJob, inspect_gates, pieces
 from flowra_pipelines.fuse_setting import FusedSetting, FuseRecord, open_setting, read_record, write_record
 from flowra_pipelines.fusion_figures import layer_labels, layer_means, weight_maps, weight_scale
-from flowra_pipelines.report_figures import FAINT, GAP, INK
 from flowra_pipelines.report_fusion import fusion_page
 from flowra_testing.html_page import Page, assert_self_contained
 from flowra_testing.tiny_runs import write_tiny_llama

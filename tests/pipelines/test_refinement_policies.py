@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -29,7 +28,6 @@ from flowra_allocation import (
     read_plan,
     write_plan,
 )
-from flowra_pipelines import plots, refinement_figures
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.policies import build_policy, largest_ranks
 from flowra_pipelines.run_config import RunConfig, load_config
@@ -37,6 +35,7 @@ from flowra_pipelines.stages.record import StageRecord, StageResult, read_record
 from flowra_pipelines.stages.setting import base_model, load_setting, lora_layers, low_rank_layers
 from flowra_pipelines.stages.table import WORK
 from flowra_pipelines.triplets import as_triplets, triplets_of
+from flowra_testing.no_pictures import draw_nothing
 from flowra_testing.tiny_runs import tiny_config
 
 MINIMAL: dict[str, Any] = {"name": "one", "model": {"path": "m"}, "data": {"train": "d.csv"}}
@@ -74,10 +73,7 @@ def run(config: RunConfig, *stages: str) -> dict[str, StageRecord]:
 def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with the inputs and a finished calibration, which all policies share."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (plots, refinement_figures):
-            for name in module.__all__:
-                if name not in ("CAPTIONS", "Shape", "shape_of_spectrum"):
-                    patch.setattr(module, name, Mock())  # half of the time, and no test here is about pictures
+        draw_nothing(patch)
         torch.set_num_threads(1)
         folder = tmp_path_factory.mktemp("policies")
         run(load_config(tiny_config(folder, budget=BUDGET)), "calibrate")

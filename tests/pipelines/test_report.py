@@ -16,7 +16,8 @@ from matplotlib.patches import Rectangle
 from flowra_analysis import FlowProfile, ModuleProfile, write_profile
 from flowra_pipelines import report_figures
 from flowra_pipelines.errors import UserError
-from flowra_pipelines.plots import module_grid, module_heatmap
+from flowra_pipelines.module_grid import module_grid
+from flowra_pipelines.refinement_figures import rank_map
 from flowra_pipelines.report import profile_report, write_report
 from flowra_pipelines.report_validation import LossChange, parse_validation, read_validation
 from flowra_testing.html_page import Page, assert_self_contained
@@ -199,7 +200,7 @@ def test_two_stacks_of_blocks_do_not_share_cells() -> None:
 
 
 def test_a_name_with_dollars_is_no_mathematics() -> None:
-    module_heatmap({"h.0.$\\frac{$": 1.0}, title="t", label="l", limits=None).savefig(io.BytesIO(), format="png")
+    rank_map({"h.0.$\\frac{$": 1}).savefig(io.BytesIO(), format="png")
 
 
 def test_the_spectra_drawn_are_relative_to_their_first_value() -> None:

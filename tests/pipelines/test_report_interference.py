@@ -13,8 +13,8 @@ from matplotlib.patches import Rectangle
 from flowra_compose import LowRankUpdate, ModuleStatistics, ModuleUpdates
 from flowra_compose.interference import InterferenceMeter, InterferenceReport, TaskScores
 from flowra_pipelines.errors import UserError
+from flowra_pipelines.figure_style import FAINT, GAP, INK
 from flowra_pipelines.interference_figures import module_maps, predicted_and_measured, task_pairs
-from flowra_pipelines.report_figures import FAINT, GAP, INK
 from flowra_pipelines.report_interference import interference_page, write_interference_page
 from flowra_testing.html_page import Page, assert_self_contained
 

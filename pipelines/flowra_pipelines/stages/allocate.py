@@ -7,7 +7,7 @@ from pathlib import Path
 from flowra_allocation import RankPlan, write_plan
 from flowra_allocation import allocate as solve
 from flowra_analysis import read_profile
-from flowra_pipelines import plots
+from flowra_pipelines import refinement_figures
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.rank_limits import rank_limits
 from flowra_pipelines.run_config import RunConfig
@@ -49,7 +49,7 @@ def allocate(config: RunConfig, folder: Path) -> StageResult:
             "budget_parameters": plan.budget,
             "sensitivity_threshold": plan.sensitivity_threshold,
         },
-        figures={"rank_plan": plots.module_heatmap(plan.ranks, title="Planned rank", label="rank", limits=None)},
+        figures={"rank_plan": refinement_figures.rank_map(plan.ranks)},
         summary={
             "plan": ("" if config.allocation.plan == "flow" else f"static, {config.allocation.plan}: ")
             + f"{plan.parameters:,} of {plan.budget:,} parameters on {len(active)} of {len(plan.ranks)} modules"

@@ -31,7 +31,7 @@ from flowra_analysis import (
     update_spectrum,
     write_profile,
 )
-from flowra_pipelines import plots
+from flowra_pipelines import loss_figure, report_figures
 from flowra_pipelines.data import Examples, TextData
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.estimators import Estimates, estimate, psi
@@ -95,13 +95,14 @@ def calibrate(config: RunConfig, folder: Path) -> StageResult:
     if config.calibration.report:
         (folder / "report.html").write_text(profile_report(profile)[1], encoding="utf-8")
     sensitivity = {name: module.statistics["psi"] for name, module in profile.modules.items()}
+    errors = {name: module.statistics["psi_stderr"] for name, module in profile.modules.items()}
     peak = sum(layers.costs[name] * ranks[name] for name in ranks)
     return StageResult(
         metrics=phase_metrics(curve),
         parameters={"probe_rank": rank, "probe_parameters": peak, "budget": layers.budget, **proposal},
         figures={
-            "sensitivity": plots.module_heatmap(sensitivity, title="Sensitivity ψ", label="ψ", limits=(0, 1)),
-            "loss": plots.loss_curve([(step, loss) for step, loss, _ in curve], title="Probe"),
+            "sensitivity": report_figures.sensitivity_map(sensitivity, errors),
+            "loss": loss_figure.loss_curve([(step, loss) for step, loss, _ in curve], title="Probe"),
         },
         summary={
             "data": _describe(setting.data),

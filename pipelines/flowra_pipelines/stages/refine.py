@@ -11,7 +11,7 @@ from flowra_adapters import attach, compact, load_adapter
 from flowra_allocation import Policy, RankHistory, RankPlan, Refiner, hand_over, read_plan
 from flowra_allocation.trainer_callback import RefinementCallback
 from flowra_analysis import read_profile
-from flowra_pipelines import plots
+from flowra_pipelines import loss_figure
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.learning_rate import with_learning_rate
 from flowra_pipelines.policies import build_policy, largest_ranks
@@ -82,7 +82,7 @@ def refine(config: RunConfig, folder: Path) -> StageResult:
     result = StageResult(
         metrics=phase_metrics(curve),
         parameters={"policy": config.refinement.policy},
-        figures={"loss": plots.loss_curve([(step, loss) for step, loss, _ in curve], title="Refinement")},
+        figures={"loss": loss_figure.loss_curve([(step, loss) for step, loss, _ in curve], title="Refinement")},
         summary={"loss": f"{curve[0][1]:.3f} → {curve[-1][1]:.3f} in steps {state.step}–{config.training.steps}"},
     )
     if refiner is not None:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from flowra_adapters import load_adapter
 from flowra_allocation import flow_spectrum, grow, read_plan, rebase, truncate
-from flowra_pipelines import plots
+from flowra_pipelines import loss_figure
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.learning_rate import with_learning_rate
 from flowra_pipelines.run_config import RunConfig
@@ -67,7 +67,7 @@ def train(config: RunConfig, folder: Path) -> StageResult:
     return StageResult(
         metrics=phase_metrics(curve),
         parameters={"first_step": state.step, "last_step": config.refinement_start},
-        figures={"loss": plots.loss_curve([(step, loss) for step, loss, _ in curve], title="Training")},
+        figures={"loss": loss_figure.loss_curve([(step, loss) for step, loss, _ in curve], title="Training")},
         summary={"loss": f"{curve[0][1]:.3f} → {curve[-1][1]:.3f} in steps {state.step}–{config.refinement_start}"},
     )
 
