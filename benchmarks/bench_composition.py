@@ -210,7 +210,7 @@ class Suite:
         found = {}
         for made in self.tasks:
             made.wear(updates)
-            found[made.task.name] = made.score(made.validation if validation else made.setting.test)
+            found[made.task.name] = made.choose() if validation else made.score(made.setting.test)
         return found
 
     def file(self, name: str) -> Path:

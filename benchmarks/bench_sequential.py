@@ -207,7 +207,7 @@ class Bench:
             model = made.fresh()
             fit(made, model, rate)
             _save_weights(model, folder / f"rate-{rate:g}")
-            return made.score(made.validation, model).value
+            return made.choose(model).value
 
         rate = best_rate(folder, FULL_RATES, train)
         return rate, folder / f"rate-{rate:g}"
@@ -302,7 +302,7 @@ class Course:
             made = self.bench.task(self.order[each])
             model = self.worn(each, place)
             found["test"][made.task.name] = made.score(made.setting.test, model).value
-            found["validation"][made.task.name] = made.score(made.validation, model).value
+            found["validation"][made.task.name] = made.choose(model).value
         return found
 
     def worn(self, each: int, place: int) -> PreTrainedModel:
