@@ -15,8 +15,8 @@ from rich.table import Table
 
 from flowra_adapters import load_adapter
 from flowra_compose import AdapterState, MergeOptions, read_adapter, write_adapter
-from flowra_compose.interference import TaskScores
 from flowra_compose.interference_files import read_interference, write_interference
+from flowra_compose.interference_report import TaskScores
 from flowra_compose.recommendation import recommend
 from flowra_pipelines.composition import Merged, as_user_errors, check_provenance, compose, truncation_of
 from flowra_pipelines.composition_config import ComposedTask, CompositionConfig

@@ -18,7 +18,8 @@ from flowra_compose import (
     merge_folders,
     read_adapter,
 )
-from flowra_compose.interference import InterferenceMeter, InterferenceReport
+from flowra_compose.interference import InterferenceMeter
+from flowra_compose.interference_report import InterferenceReport
 from flowra_compose.module_updates import modules_of
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.export import adapter_folder

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from flowra_compose.interference import InterferenceReport, ModuleInterference, TaskScores
+from flowra_compose.interference_report import InterferenceReport, ModuleInterference, TaskScores
 from flowra_compose.recommendation import LARGE_INTERFERENCE, SMALL_INTERFERENCE, Recommendation, recommend
 from flowra_pipelines import interference_figures
 from flowra_pipelines.errors import UserError

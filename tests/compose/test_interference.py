@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flowra_compose import LowRankUpdate, ModuleStatistics, ModuleUpdates, truncated
-from flowra_compose.interference import InterferenceMeter, InterferenceReport, TaskScores
+from flowra_compose.interference import InterferenceMeter
 from flowra_compose.interference_files import from_json, read_interference, to_json, write_interference
+from flowra_compose.interference_report import InterferenceReport, TaskScores
 
 SHAPES = [(5, 30), (30, 5), (6, 6), (1, 4), (4, 1), (12, 9)]
 Updates = tuple[LowRankUpdate | None, ...]

@@ -4,7 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from flowra_compose.interference import InterferenceReport, ModuleInterference, ModulePair, ModuleTask, TaskScores
+from flowra_compose.interference_report import (
+    InterferenceReport,
+    ModuleInterference,
+    ModulePair,
+    ModuleTask,
+    TaskScores,
+)
 from flowra_compose.recommendation import FAR_PROJECTION, LARGE_INTERFERENCE, SMALL_INTERFERENCE, recommend
 
 

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from flowra_compose import LowRankUpdate, ModuleStatistics, ModuleUpdates
-from flowra_compose.interference import InterferenceMeter, InterferenceReport, TaskScores
+from flowra_compose.interference import InterferenceMeter
+from flowra_compose.interference_report import InterferenceReport, TaskScores
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.figure_style import FAINT, GAP, INK
 from flowra_pipelines.interference_figures import module_maps, predicted_and_measured, task_pairs

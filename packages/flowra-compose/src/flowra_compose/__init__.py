@@ -10,8 +10,9 @@ from importlib.metadata import version
 from flowra_compose.base_weights import base_weights
 from flowra_compose.folders import MergedFolder, merge_folders
 from flowra_compose.inflora import start_inflora
-from flowra_compose.interference import (
-    InterferenceMeter,
+from flowra_compose.interference import InterferenceMeter
+from flowra_compose.interference_files import read_interference, write_interference
+from flowra_compose.interference_report import (
     InterferenceReport,
     MeasuredTask,
     ModuleInterference,
@@ -19,7 +20,6 @@ from flowra_compose.interference import (
     ModuleTask,
     TaskScores,
 )
-from flowra_compose.interference_files import read_interference, write_interference
 from flowra_compose.learned_coefficients import LearnedCoefficients, learn_coefficients
 from flowra_compose.low_rank import AdapterState, LowRankUpdate
 from flowra_compose.matching import cross_talk, matching_energy, matching_objective

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from flowra_compose.interference import (
+from flowra_compose.interference_report import (
     InterferenceReport,
     ModuleInterference,
     ModulePair,

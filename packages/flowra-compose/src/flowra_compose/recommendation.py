@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from flowra_compose.interference import InterferenceReport, MeasuredTask, TaskScores
+from flowra_compose.interference_report import InterferenceReport, MeasuredTask, TaskScores
 
 __all__ = [
     "FAR_PROJECTION",
