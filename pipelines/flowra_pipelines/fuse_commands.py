@@ -130,6 +130,12 @@ def train(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples at a time.", rich_help_panel="Training")] = 4,
     learning_rate: Annotated[float, typer.Option(help="At its peak.", rich_help_panel="Training")] = 1e-3,
+    bias_learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Of the gates' biases; by default ten times as high.", show_default=False, rich_help_panel="Training"
+        ),
+    ] = None,
     entropy_penalty: Annotated[
         float, typer.Option(min=0.0, help="Times the gates' entropy: they decide.", rich_help_panel="Training")
     ] = 0.0,
@@ -154,6 +160,7 @@ def train(
         epochs=epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        bias_learning_rate=bias_learning_rate,
         entropy_penalty=entropy_penalty,
         max_length=max_length,
         seed=seed,

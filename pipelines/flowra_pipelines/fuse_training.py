@@ -80,6 +80,10 @@ class TrainSettings:
     epochs: int = 5
     batch_size: int = 4
     learning_rate: float = 1e-3
+    """Peak rate of what gates look at h with, W_g."""
+    bias_learning_rate: float | None = None
+    d numbers that score h together; at one rate the biases hardly move."""
+    d numbers that score h together, so at one rate the biases hardly move."""
     entropy_penalty: float = 0.0
     """λ ≥ 0 of λ times the mean entropy of the shares, in nats, added to the loss: gates that decide."""
     max_length: int = 512
@@ -212,6 +216,12 @@ def show_training(job: FuseJob) -> None:
 
 
 def _schedule(settings: TrainSettings, examples: int) -> TrainingConfig:
+    for option, rate in (
+        ("learning rate", settings.learning_rate),
+        ("bias learning rate", settings.bias_learning_rate),
+    ):
+        if rate is not None and not 0 < rate < math.inf:
+            raise UserError(f"{option} must be a finite number > 0, got {rate}")
     steps = settings.steps
     if steps is None:
         steps = max(FEWEST_STEPS, math.ceil(settings.epochs * examples / settings.batch_size))
@@ -305,7 +315,7 @@ def _train(
     partial: PartialTraining,
 ) -> LossCurve:
     """Train from the last state there is to the end."""
-    optimizer = _optimizer(gates, config)
+    optimizer = _optimizer(gates, config, settings.bias_learning_rate)
     curve: LossCurve = []
     step, rng = 0, None
     restored = partial.state()
@@ -351,13 +361,14 @@ def _train(
     return curve
 
 
-def _optimizer(gates: Gates, config: TrainingConfig) -> Optimizer:
+def _optimizer(gates: Gates, config: TrainingConfig, bias_rate: float | None) -> Optimizer:
     named = dict(gates.named_parameters())
     biases = [each for name, each in named.items() if name.endswith("bias")]
     weights = [each for name, each in named.items() if not name.endswith("bias")]
-    groups: list[dict[str, Any]] = [{"params": weights}, {"params": biases, "weight_decay": 0.0}]
     rate = config.learning_rate
     assert rate != "auto"
+    bias_rate = 10 * rate if bias_rate is None else bias_rate
+    groups: list[dict[str, Any]] = [{"params": weights}, {"params": biases, "lr": bias_rate, "weight_decay": 0.0}]
     return AdamW(groups, lr=rate, betas=(0.9, 0.95), eps=1e-5, weight_decay=config.weight_decay)
 
 

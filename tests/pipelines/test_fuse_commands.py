@@ -61,7 +61,7 @@ def language(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gates(language: Path) -> Path:
     """Gates for them, trained for ten steps."""
     out = language / "gates"
-    settings = TrainSettings(steps=10, learning_rate=0.05)
+    settings = TrainSettings(steps=10, learning_rate=0.05, bias_learning_rate=0.05)
     job = FuseJob(
         sources=(language / "a", language / "b"), data=str(language / "both.jsonl"), out=out, settings=settings
     )
@@ -94,7 +94,9 @@ def losses(out: Path) -> dict[str, float]:
 def test_gates_learn_and_the_record_says_what_they_gain(language: Path, tmp_path: Path, here: Here) -> None:
     out = tmp_path / "out"
     before = {file: file.read_bytes() for name in ("a", "b", "llama") for file in (language / name).iterdir()}
-    code, shown, complaint = here(*train(language, out, "--steps", 30, "--learning-rate", 0.05))
+    code, shown, complaint = here(
+        *train(language, out, "--steps", 30, "--learning-rate", 0.05, "--bias-learning-rate", 0.05)
+    )
     assert code == 0, complaint
     for title in ("base", "a alone", "b alone", "mean", "sum", "gates"):
         assert title in shown
@@ -192,11 +194,24 @@ def test_options_reach_the_gates(language: Path, tmp_path: Path, here: Here, opt
         assert [each["name"] for each in read_record(out).adapters] == ["a", "c"]
 
 
+def test_biases_learn_ten_times_as_fast_unless_told_otherwise(language: Path, tmp_path: Path, here: Here) -> None:
+    """With ε this small against the gradient, Adam's first step is as long as its rate, whatever the gradient."""
+    moved = {}
+    for name, options in {"default": (), "said": ("--bias-learning-rate", 0.002)}.items():
+        assert here(*train(language, tmp_path / name, "--steps", 10, "--learning-rate", 0.001, *options))[0] == 0
+        values = load_file(tmp_path / name / "gates.safetensors")
+        biases = [value - torch.tensor([-0.5, 0.5]) for key, value in values.items() if key.endswith("bias")]
+        moved[name] = max(float(each.abs().max()) for each in biases)
+    assert 0 < moved["said"] <= 10 * 0.002
+    assert moved["default"] == pytest.approx(5 * moved["said"], rel=0.3)
+
+
 def test_an_entropy_penalty_makes_gates_decide(language: Path, tmp_path: Path, here: Here) -> None:
     entropies = {}
     for penalty in (0, 5):
         out = tmp_path / str(penalty)
-        options = ("--steps", 20, "--learning-rate", 0.05, "--gate-input", "normed", "--entropy-penalty", penalty)
+        rates = ("--learning-rate", 0.05, "--bias-learning-rate", 0.05)
+        options = ("--steps", 20, *rates, "--gate-input", "normed", "--entropy-penalty", penalty)
         assert here(*train(language, out, *options))[0] == 0
         with open_fused(out) as (setting, fusion, _), torch.no_grad(), fusion.recording() as record:
             setting.model(torch.arange(3, 15)[None])
@@ -226,7 +241,8 @@ def test_a_training_that_was_killed_goes_on_to_the_same_bytes(
     language: Path, tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flowra_pipelines.fuse_training.code_hash", lambda: "code")  # it may be edited meanwhile
-    options = ("--steps", 21, "--learning-rate", 0.05, "--entropy-penalty", 0.01)
+    rates = ("--learning-rate", 0.05, "--bias-learning-rate", 0.05)
+    options = ("--steps", 21, *rates, "--entropy-penalty", 0.01)
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert here(*train(language, whole, *options))[0] == 0
     command = [sys.executable, "-c", KILLED, *map(str, train(language, out, *options))]
@@ -373,7 +389,10 @@ def test_what_cannot_be_trained_is_one_line(language: Path, gates: Path, tmp_pat
     assert "rank must be at most 2" in run(*both, options=("--rank", 3))
     assert "temperature must be" in run(*both, options=("--temperature", 0))
     assert "validation must be a file, or a share" in run(*both, options=("--validation", 2))
-    assert "learning_rate" in run(*both, options=("--learning-rate", 0))
+    assert "learning rate must be a finite number > 0, got 0" in run(*both, options=("--learning-rate", 0))
+    assert "bias learning rate must be a finite number > 0, got nan" in run(
+        *both, options=("--bias-learning-rate", "nan")
+    )
     other = write_tiny_llama(tmp_path / "other")
     moved = tmp_path / "c"
     shutil.copytree(language / "b", moved)
