@@ -82,8 +82,8 @@ class TrainSettings:
     learning_rate: float = 1e-3
     """Peak rate of what gates look at h with, W_g."""
     bias_learning_rate: float | None = None
-    d numbers that score h together; at one rate the biases hardly move."""
-    d numbers that score h together, so at one rate the biases hardly move."""
+    """Peak rate of the biases; by default ten times that of W_g. A step of Adam is as long for a bias as for each of
+    the d numbers that score h together, so at one rate the biases hardly move."""
     entropy_penalty: float = 0.0
     """λ ≥ 0 of λ times the mean entropy of the shares, in nats, added to the loss: gates that decide."""
     max_length: int = 512
