@@ -22,8 +22,9 @@ again 10,000 times. Seeds vary the order of the functions, and what is drawn at 
 `arrow`, `spectr`  routing by prototypes and by norms, untrained
 `xlora`            PEFT's X-LoRA: weights for each token and layer from a first pass
 `few-shot`         a new LoRA of rank 16 on the 200 functions
-`layer`, `step`,   LoRA-Flow's gates at three levels; born as the adapter for code
-`module`
+`published`        LoRA-Flow's gates of layers, as published: the residual stream as it is, one learning rate
+`layer`, `step`,   gates at three levels with our recipe: the residual stream over its root mean square, and biases that
+`module`           learn ten times as fast. All are born as the adapter for code
 =================  ====================================================================================================
 
 Every figure is kept in FOLDER and made once; a run that was broken off goes on where it stopped, and `--finished`
@@ -57,10 +58,11 @@ from flowra_pipelines.tasks import TASKS
 
 NAMES = ("docs", "code")
 LEVELS = ("layer", "step", "module")
-LEARNED = ("layer", "step", "module", "few-shot", "xlora")
+LEARNED = ("layer", "step", "module", "published", "few-shot", "xlora")
 FIXED = ("base", "docs", "code", "sum", "static", "flow", "arrow", "spectr")
 RATES: Mapping[str, tuple[float, ...]] = {
-    **dict.fromkeys(LEVELS, (1e-3, 1e-2, 3e-2)),
+    **dict.fromkeys(LEVELS, (1e-4, 1e-3, 3e-3)),
+    "published": (1e-3, 1e-2, 3e-2),
     "xlora": (1e-4, 1e-3, 3e-3),
     "few-shot": (3e-4, 1e-3, 3e-3),
 }
@@ -102,7 +104,8 @@ class Bench(Workshop):
         rows, size = self.rows, self.size
         both = rows["both"][: min(examples, size.both)]
         parts = {name: rows[name][: size.test] for name in ("tuning", "test")}
-        return Fused(shop=self, adapters=self.adapters, both=both, options={"level": level}, **parts)
+        options = {"level": "layer"} if level == "published" else {"level": level, "gate_input": "normed"}
+        return Fused(shop=self, adapters=self.adapters, both=both, options=options, **parts)
 
 
 # what is compared
@@ -154,9 +157,9 @@ def statistics_of(bench: Bench, skill: str) -> dict[str, ModuleStatistics]:
 def learned(bench: Bench, name: str, rate: float, seed: int, examples: int) -> Iterator[nn.Module]:
     """Train one of what learns, and give the model that it made."""
     what = f"{name} {rate:g} seed {seed}"
-    if name in LEVELS:
+    if name in (*LEVELS, "published"):
         fused = bench.fused(examples, name)
-        with fused.trained(fused.gates(seed=seed), rate, seed, what) as model:
+        with fused.trained(fused.gates(seed=seed), rate, seed, what, one_rate=name == "published") as model:
             yield model
         return
     rows: Examples = bench.fused(examples).both
@@ -237,7 +240,7 @@ def report(bench: Bench, seeds: int) -> None:
             if name == "layer":
                 continue
             low, high, p = bootstrap(table["layer"], runs)
-            level = name in LEVELS or name == "few-shot"
+            level = name in (*LEVELS, "published", "few-shot")
             rows.append(
                 Row(
                     what=f"layer gates less {name}, nats per token, 95 % [{low:.4f}, {high:.4f}]; p",

@@ -1,7 +1,7 @@
 """Token-level fusion beyond one pair of skills: languages × mathematics, many adapters, and the paper's open questions.
 
 FLOWRA_DATA=… python benchmarks/bench_fusion_questions.py FOLDER [--only language,many,transfer,data,places]
-    [--seeds 3] [--rate 0.01] [--threads 2] [--quick]
+    [--seeds 3] [--rate 0.001] [--threads 2] [--quick]
 
 FOLDER is that of ``bench_fusion_quality.py``, whose base and adapters are used again: same recipe, the learning rate of
 gates that it found (`--rate`), judged by nats per token of what nothing has seen, paired by sequence.
@@ -69,13 +69,13 @@ class Bench(Workshop):
             for name in names
         }
         rows = {"both": self.code["both"][:GATE_EXAMPLES], "tuning": self.code["tuning"], "test": self.code["test"]}
-        return Fused(shop=self, adapters=adapters, options={"rank": rank}, **rows)
+        return Fused(shop=self, adapters=adapters, options={"rank": rank, "gate_input": "normed"}, **rows)
 
     def of_problems(self, code: str) -> Fused:
         """Return problems in a language."""
         rows = {name: self._few(each) for name, each in problems(self.tokenizer, code).items()}
         adapters = {name: self.other(name) for name in (code, "maths")}
-        return Fused(shop=self, adapters=adapters, **rows)
+        return Fused(shop=self, adapters=adapters, options={"gate_input": "normed"}, **rows)
 
     def other(self, name: str) -> AdapterState:
         """Read the adapter for mathematics or for a language."""
@@ -176,7 +176,7 @@ def of_places(bench: Bench, _: int) -> list[Row]:
 
         def run(fused: Fused = fused, place: str = place, what: str = f"rank {rank} {place}") -> Nats:
             gates = fused.gates(seed=0)
-            with fused.trained(gates, bench.rate, 0, what, learning=_third(gates, place)) as model:
+            with fused.trained(gates, bench.rate, 0, what, which=_third(gates, place)) as model:
                 return nats(model, fused.test)
 
         found = bench.kept(f"8 adapters, rank {rank or 'full'}, {place}", run)
@@ -184,12 +184,12 @@ def of_places(bench: Bench, _: int) -> list[Row]:
     return rows
 
 
-def _third(gates: Gates, place: str) -> list[nn.Parameter]:
-    """Return the tensors of the gates in one third of the layers."""
+def _third(gates: Gates, place: str) -> list[nn.Module]:
+    """Return the gates in one third of the layers."""
     blocks = list(gates)
     start = len(blocks) * PLACES.index(place) // len(PLACES)
     end = len(blocks) * (PLACES.index(place) + 1) // len(PLACES)
-    return [tensor for gate in blocks[start:end] for tensor in gate.parameters()]
+    return [*blocks[start:end]]
 
 
 def _functions(count: int) -> str:
@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", default=",".join(ASKED))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rate", type=float, default=1e-2, help="learning rate of gates")
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of gates")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true")
     chosen = parser.parse_args()
