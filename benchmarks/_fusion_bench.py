@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _precision import fast_dtype
 from _segments import Examples, Nats, batch, mean_nats, nats
 from _smollm2 import smollm2
 from torch import nn
@@ -36,7 +37,8 @@ RANK, BATCH, EPOCHS = 16, 4, 5
 class Workshop:
     """The base, adapters that are trained once, and figures that are made once, in one folder.
 
-    The base is SmolLM2-135M-Instruct, a file of 4 bits that is read in bfloat16; adapters and gates are float32.
+    The base is SmolLM2-135M-Instruct, a file of 4 bits that is read in bfloat16, or in float32 where that is faster;
+    adapters and gates are float32.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -47,7 +49,7 @@ class Workshop:
 
     def fresh(self) -> PreTrainedModel:
         """Load the base."""
-        return AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.bfloat16).eval()
+        return AutoModelForCausalLM.from_pretrained(self.source, dtype=fast_dtype()).eval()
 
     @cached_property
     def model(self) -> PreTrainedModel:

@@ -3,7 +3,7 @@
 The tasks of a suite share the encoder, and every task keeps its own head. An adapter is LoRA of rank 8 on every linear
 layer of the encoder, trained on the task's training file but for 200 rows, which tune what has to be tuned; the
 learning rate is the best of two on these rows. Training, and what is chosen on these rows, run under autocast to
-bfloat16, which takes about half of the time; figures are of the task's own test file, in float32.
+bfloat16 where the processor multiplies it; figures are of the task's own test file, in float32.
 """
 
 import json
@@ -19,6 +19,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from _precision import autocast
 from safetensors.torch import load_file, save_file
 from scipy import stats
 from torch import Tensor
@@ -48,7 +49,6 @@ __all__ = [
     "Task",
     "TaskModel",
     "Updates",
-    "autocast",
     "best_rate",
     "cost_of",
     "fit",
@@ -213,7 +213,7 @@ class TaskModel:
             (self.model if model is None else model).get_submodule(name).weight.copy_(wanted)
 
     def choose(self, model: PreTrainedModel | None = None) -> Score:
-        """Score a model, by default its own, on the rows that tune, in bfloat16."""
+        """Score a model, by default its own, on the rows that tune."""
         with autocast():
             return self.score(self.validation, model)
 
@@ -234,11 +234,6 @@ class TaskModel:
             targets += labels.double().tolist()
         places = np.argsort(order)
         return Score(tuple(np.array(answers)[places]), tuple(np.array(targets)[places]), self.task.metric)
-
-
-def autocast() -> torch.autocast:
-    """Multiply in bfloat16."""
-    return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
 def trained(task: Task, folder: Path) -> TaskModel:

@@ -1,6 +1,7 @@
 """Equal budgets: what moving rank gains over LoRA at its best placement, AdaLoRA and FlexLoRA.
 
-FLOWRA_DATA=… python benchmarks/bench_equal_budget.py FOLDER [--tasks sst2,code] [--seeds 4] [--finished] [--threads N]
+FLOWRA_DATA=… python benchmarks/bench_equal_budget.py FOLDER [--tasks sst2,code] [--seeds 4] [--share K/N]
+    [--finished] [--threads N]
 
 Every method sees the same examples in the same order for the same number of optimiser steps, probes included, on the
 same linear layers, and ends within the same number of adapter parameters (heads apart). The learning rate of each is
@@ -9,8 +10,10 @@ other half, over all seeds. Differences are to LoRA at its best placement: paire
 bootstrapped over examples for the intervals, p-values corrected after Holm over the methods. Peak parameters are
 printed beside the final ones: a method that starts above the budget says so.
 
-A first line says how many hours the machine will need. Every run is kept in FOLDER and made once; a run that was
-broken off goes on where it stopped, and `--finished` reports what is there.
+A first line says how many hours one process needs. Every run is kept in FOLDER and made once; one that was broken off
+goes on where it stopped, and `--finished` reports what is there. Several processes can share the work: `--share 1/2`
+runs the first of every two methods and reports nothing. The runs behind the published table are in
+`results/equal_budget`, so `benchmarks/results/equal_budget --finished` makes it again.
 """
 
 import argparse
@@ -25,12 +28,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import peft
 import torch
-from _results import Row, write
+from _equal_budget_table import Outcome, Table, draw, halves, over_all, show
+from _results import write
 from _smollm2 import smollm2
-from scipy import stats
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerCallback
 
@@ -67,7 +69,7 @@ SCALING = 2.0
 ORTHOGONALITY = 0.1
 PROBE = 0.2
 """Share of the steps that the probe takes."""
-REFERENCE = "LoRA"
+PICTURE = Path(__file__).parents[1] / "docs" / "results" / "equal_budget.png"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -426,7 +428,9 @@ def result(key: str, method: str, rate: float, seed: int, folder: Path, *, finis
         except UserError as error:  # the loss is no longer finite
             content["error"] = str(error)
         content["seconds"] = round(time.perf_counter() - began, 1)
-        file.write_text(json.dumps(content), encoding="utf-8")
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(content), encoding="utf-8")
+        partial.rename(file)
     return dict(json.loads(file.read_text(encoding="utf-8")))
 
 
@@ -443,37 +447,8 @@ def scored(run: Run) -> tuple[list[float], list[float]]:
         targets += count.double().tolist()
         answers += [] if answer is None or answer.dtype != torch.bool else answer.double().tolist()
     mean = statistics.mean(targets)
-    per_token = [loss / mean for loss in losses]
+    per_token = [round(loss / mean, 6) for loss in losses]
     return per_token, answers or per_token
-
-
-def halves(values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Split examples: rates are chosen on the first half, figures are of the second."""
-    every = np.array(values)
-    return every[0::2], every[1::2]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """One method on one task, at its best rate."""
-
-    rate: float
-    runs: list[dict[str, Any]]
-    """By seed."""
-
-    def values(self, key: str) -> np.ndarray:
-        """Return each example's figure on the second half, ``(seeds, examples)``."""
-        return np.stack([halves(run[key])[1] for run in self.runs])
-
-    @property
-    def parameters(self) -> int:
-        """Largest final count over seeds."""
-        return max(run["parameters"] for run in self.runs)
-
-    @property
-    def peak(self) -> int:
-        """Largest count at any time, over seeds."""
-        return max(run["peak"] for run in self.runs)
 
 
 def outcome(key: str, method: str, folder: Path, *, seeds: int, finished: bool) -> Outcome | None:
@@ -487,8 +462,22 @@ def outcome(key: str, method: str, folder: Path, *, seeds: int, finished: bool) 
     return Outcome(rate=rate, runs=[each for each in runs if each and "losses" in each])
 
 
+def table(key: str, folder: Path, *, seeds: int, finished: bool) -> Table | None:
+    """Run or read every method; None if no placement of LoRA is there."""
+    found = {name: outcome(key, name, folder, seeds=seeds, finished=finished) for name in METHODS}
+    methods = {name: each for name, each in found.items() if each is not None}
+    present = [name for name in PLACEMENTS if name in methods]
+    if not present:
+        return None
+    best = min(present, key=lambda name: float(halves(methods[name].runs[0]["losses"])[0].mean()))
+    task = TASKS[key]
+    return Table(
+        title=task.title, methods=methods, reference=best, placements=PLACEMENTS, accuracy=task.kind != "causal_lm"
+    )
+
+
 def hours(keys: Sequence[str], folder: Path, *, seeds: int) -> float:
-    """Guess the machine hours of what is still to be run, from two steps and one held-out batch of each task."""
+    """Guess the hours of one process of what is still to be run, from two steps and one held-out batch of each task."""
     total = 0.0
     for key in keys:
         task, count = TASKS[key], len(METHODS) * (len(TASKS[key].rates) + seeds - 1)
@@ -507,76 +496,6 @@ def hours(keys: Sequence[str], folder: Path, *, seeds: int) -> float:
     return total
 
 
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Correct p-values for their number (Holm 1979)."""
-    corrected, worst = {}, 0.0
-    for rank, name in enumerate(sorted(p_values, key=lambda each: p_values[each])):
-        worst = max(worst, min(1.0, p_values[name] * (len(p_values) - rank)))
-        corrected[name] = worst
-    return corrected
-
-
-def bootstrap(differences: np.ndarray) -> tuple[float, float]:
-    """Return a 95 % interval of the mean over examples, by drawing them again; ``(seeds, examples)``."""
-    drawn = np.random.default_rng(0).integers(differences.shape[1], size=(2000, differences.shape[1]))
-    means = differences.mean(0)[drawn].mean(1)
-    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
-
-
-def report(keys: Sequence[str], folder: Path, *, seeds: int, finished: bool) -> list[Row]:
-    """Run or read everything, print the tables, and return the rows."""
-    found = {
-        key: {
-            method: each
-            for method in METHODS
-            if (each := outcome(key, method, folder, seeds=seeds, finished=finished)) is not None
-        }
-        for key in keys
-    }
-    rows: list[Row] = []
-    pairs: dict[str, list[float]] = {}
-    for key, methods in found.items():
-        task = TASKS[key]
-        present = [name for name in PLACEMENTS if name in methods]
-        if not present:
-            continue
-        best = min(present, key=lambda name: float(halves(methods[name].runs[0]["losses"])[0].mean()))
-        reference = methods[best]
-        spread = float(reference.values("losses").mean(1).std(ddof=1)) if len(reference.runs) > 1 else 1.0
-        budget = reference.runs[0]["budget"]
-        print(f"\n{task.title}: budget {budget:,}, best placement of LoRA: {best}")
-        print(f"{'method':<32}{'lr':>7}{'params':>9}{'peak':>9}{'loss':>8} ±{'':<6}{'score':>8}  difference of loss")
-        for name, each in methods.items():
-            loss, score = each.values("losses"), each.values("scores")
-            seeds_here = min(len(each.runs), len(reference.runs))
-            difference = loss[:seeds_here] - reference.values("losses")[:seeds_here]
-            low, high = bootstrap(difference)
-            deviation = float(loss.mean(1).std(ddof=1)) if len(each.runs) > 1 else math.nan
-            print(
-                f"{name:<32}{each.rate:>7.0e}{each.parameters:>9,}{each.peak:>9,}{loss.mean():>8.4f} ±{deviation:<6.4f}"
-                f"{score.mean():>8.4f}  {difference.mean():+.4f} [{low:+.4f}, {high:+.4f}]"
-            )
-            rows.append(Row(what=f"{task.title}: {name}: held-out loss", ours=_round(loss.mean())))
-            if task.kind != "causal_lm":
-                rows.append(Row(what=f"{task.title}: {name}: accuracy", ours=_round(score.mean())))
-            rows.append(Row(what=f"{task.title}: {name}: parameters at the end (peer: at the peak)",
-                            ours=each.parameters, peer=each.peak, limit=budget, sense="<="))  # fmt: skip
-            if name != best:
-                pairs.setdefault(name, []).extend((difference.mean(1) / spread).tolist())
-    tested = {name: values for name, values in pairs.items() if len(values) > 2 and name not in PLACEMENTS}
-    p_values = holm({name: float(stats.ttest_1samp(values, 0.0).pvalue) for name, values in tested.items()})
-    print(f"\nover all (task, seed) pairs, against {REFERENCE} at its best placement, in its standard deviations")
-    for name, values in tested.items():
-        print(f"{name:<32}{statistics.mean(values):+.2f} of {len(values)} pairs, p = {p_values[name]:.3f} after Holm")
-        what = f"{name}: mean difference of loss in standard deviations over seeds (peer: p after Holm)"
-        rows.append(Row(what=what, ours=_round(statistics.mean(values)), peer=_round(p_values[name])))
-    return rows
-
-
-def _round(value: float) -> float:
-    return round(float(value), 4)
-
-
 def main() -> None:
     """Run what is missing and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -585,13 +504,28 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--finished", action="store_true", help="report what is there, run nothing")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--share", default="", help="K/N: run the K-th of every N methods, report nothing")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     keys = arguments.tasks.split(",")
+    if arguments.share:
+        share, of = map(int, arguments.share.split("/"))
+        for key in keys:
+            for method in list(METHODS)[share - 1 :: of]:
+                outcome(key, method, arguments.folder, seeds=arguments.seeds, finished=False)
+        return
     if not arguments.finished:
-        print(f"about {hours(keys, arguments.folder, seeds=arguments.seeds):.1f} machine hours to go", flush=True)
-    rows = report(keys, arguments.folder, seeds=arguments.seeds, finished=arguments.finished)
+        print(
+            f"about {hours(keys, arguments.folder, seeds=arguments.seeds):.1f} hours to go in one process", flush=True
+        )
+    rows = []
+    tables = {key: table(key, arguments.folder, seeds=arguments.seeds, finished=arguments.finished) for key in keys}
+    present = [found for found in tables.values() if found is not None]
+    for found in present:
+        rows += show(found)
+    rows += over_all(present)
+    draw(present, PICTURE)
     command = f"python benchmarks/bench_equal_budget.py FOLDER --tasks {arguments.tasks} --seeds {arguments.seeds}"
     print(write("equal_budget", rows, command=command))
 

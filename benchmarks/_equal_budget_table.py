@@ -1,0 +1,156 @@
+"""What `bench_equal_budget.py` found, as tables, tests and a picture."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from _results import Row
+from scipy import stats
+
+__all__ = ["Outcome", "Table", "draw", "halves", "over_all", "show"]
+
+
+def halves(values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Split examples: rates are chosen on the first half, figures are of the second."""
+    every = np.array(values)
+    return every[0::2], every[1::2]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """One method on one task, at its best rate."""
+
+    rate: float
+    runs: Sequence[Mapping[str, Any]]
+    """By seed."""
+
+    def values(self, key: str) -> np.ndarray:
+        """Return each example's figure on the second half, ``(seeds, examples)``."""
+        return np.stack([halves(run[key])[1] for run in self.runs])
+
+    @property
+    def parameters(self) -> int:
+        """Largest final count over seeds."""
+        return max(run["parameters"] for run in self.runs)
+
+    @property
+    def peak(self) -> int:
+        """Largest count at any time, over seeds."""
+        return max(run["peak"] for run in self.runs)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """All methods on one task."""
+
+    title: str
+    methods: Mapping[str, Outcome]
+    reference: str
+    """The placement of LoRA that is best on the first half."""
+    placements: Sequence[str]
+    """Names of all its placements."""
+    accuracy: bool
+    """Whether the score is one; else it is the loss once more."""
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the reference's loss over seeds."""
+        losses = self.methods[self.reference].values("losses").mean(1)
+        return float(losses.std(ddof=1)) if len(losses) > 1 else 1.0
+
+    def difference(self, name: str) -> np.ndarray:
+        """Return a method's loss less that of the reference, ``(seeds, examples)``."""
+        loss, other = (self.methods[each].values("losses") for each in (name, self.reference))
+        seeds = min(len(loss), len(other))
+        return loss[:seeds] - other[:seeds]
+
+
+def show(table: Table) -> list[Row]:
+    """Print a table, and return its rows."""
+    rows = []
+    budget = table.methods[table.reference].runs[0]["budget"]
+    print(f"\n{table.title}: budget {budget:,}, best placement of LoRA: {table.reference}")
+    print(f"{'method':<32}{'lr':>7}{'params':>9}{'peak':>9}{'loss':>8} ±{'':<6}{'score':>8}  difference of loss")
+    for name, each in table.methods.items():
+        loss, score, difference = each.values("losses"), each.values("scores"), table.difference(name)
+        low, high = bootstrap(difference)
+        deviation = float(loss.mean(1).std(ddof=1)) if len(each.runs) > 1 else math.nan
+        print(
+            f"{name:<32}{each.rate:>7.0e}{each.parameters:>9,}{each.peak:>9,}{loss.mean():>8.4f} ±{deviation:<6.4f}"
+            f"{score.mean():>8.4f}  {difference.mean():+.4f} [{low:+.4f}, {high:+.4f}], {len(each.runs)} seeds"
+        )
+        what = f"{table.title}: {name}: held-out loss (peer: standard deviation over seeds)"
+        rows.append(Row(what=what, ours=_round(loss.mean()), peer=None if math.isnan(deviation) else _round(deviation)))
+        if table.accuracy:
+            rows.append(Row(what=f"{table.title}: {name}: accuracy", ours=_round(score.mean())))
+        what = f"{table.title}: {name}: parameters at the end (peer: at the peak)"
+        rows.append(Row(what=what, ours=each.parameters, peer=each.peak, limit=budget, sense="<="))
+    return rows
+
+
+def over_all(tables: Sequence[Table]) -> list[Row]:
+    """Test the differences over all pairs of task and seed, in standard deviations of the reference over seeds."""
+    pairs: dict[str, list[float]] = {}
+    for table in tables:
+        for name in table.methods:
+            if name not in table.placements:
+                pairs.setdefault(name, []).extend((table.difference(name).mean(1) / table.spread).tolist())
+    tested = {name: values for name, values in pairs.items() if len(values) > 2}
+    p_values = holm({name: float(stats.ttest_1samp(values, 0.0).pvalue) for name, values in tested.items()})
+    rows = []
+    print("\nover all (task, seed) pairs, against LoRA at its best placement, in its standard deviations")
+    for name, values in tested.items():
+        print(f"{name:<32}{statistics.mean(values):+.2f} of {len(values)} pairs, p = {p_values[name]:.3f} after Holm")
+        what = f"{name}: mean difference of loss in standard deviations over seeds (peer: p after Holm)"
+        rows.append(Row(what=what, ours=_round(statistics.mean(values)), peer=_round(p_values[name])))
+    return rows
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Correct p-values for their number (Holm 1979)."""
+    corrected, worst = {}, 0.0
+    for rank, name in enumerate(sorted(p_values, key=lambda each: p_values[each])):
+        worst = max(worst, min(1.0, p_values[name] * (len(p_values) - rank)))
+        corrected[name] = worst
+    return corrected
+
+
+def bootstrap(differences: np.ndarray) -> tuple[float, float]:
+    """Return a 95 % interval of the mean over examples, by drawing them again; ``(seeds, examples)``."""
+    drawn = np.random.default_rng(0).integers(differences.shape[1], size=(2000, differences.shape[1]))
+    means = differences.mean(0)[drawn].mean(1)
+    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
+def draw(tables: Sequence[Table], path: Path) -> None:
+    """Draw each method's difference to the reference: seeds as dots, the mean with its interval over examples."""
+    figure, every = plt.subplots(
+        1, len(tables), figsize=(1.6 + 4.2 * len(tables), 4.2), layout="constrained", sharey=True, squeeze=False
+    )
+    names = list(tables[0].methods)
+    for axes, table in zip(every[0], tables, strict=True):
+        for place, name in enumerate(names):
+            if name not in table.methods:
+                continue
+            difference = table.difference(name)
+            low, high = bootstrap(difference)
+            colour = "tab:blue" if name.startswith("Flowra") else "tab:gray"
+            axes.plot([low, high], [place, place], color=colour, linewidth=2)
+            axes.plot(difference.mean(1), [place] * len(difference), "o", color=colour, alpha=0.4, markersize=4)
+            axes.plot(difference.mean(), place, "D", color=colour)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set(title=table.title, xlabel=f"held-out loss less that of {table.reference}")
+        axes.grid(axis="x", alpha=0.3)
+    every[0][0].set_yticks(range(len(names)), names)
+    every[0][0].invert_yaxis()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _round(value: float) -> float:
+    return round(float(value), 4)
