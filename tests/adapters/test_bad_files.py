@@ -247,6 +247,15 @@ def test_a_poisoned_pickle_is_never_opened(folder: Path, tmp_path: Path) -> None
     assert not marker.exists()
 
 
+def test_what_was_loaded_does_not_change_with_the_file(folder: Path) -> None:
+    model = mlp()
+    load_adapter(model, folder)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with (folder / TENSORS).open("r+b") as file:
+        file.write(bytes((folder / TENSORS).stat().st_size))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
 def test_a_module_of_another_kind_with_the_right_shape_is_refused(tmp_path: Path) -> None:
     model = nested("block.q")
     model.q = nn.Embedding(8, 8)

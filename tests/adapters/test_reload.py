@@ -55,7 +55,8 @@ def file_bytes(folder: Path) -> dict[str, bytes]:
 
 def run_child(root: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    subprocess.run([sys.executable, "-m", "flowra_testing.reload_child", str(root)], check=True, env=environment)
+    child = [sys.executable, "-m", "flowra_testing.reload_child", str(root), str(torch.get_num_threads())]
+    subprocess.run(child, check=True, env=environment)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 """Loads every adapter folder under a root in a fresh process, and writes what the model answers and saves again.
 
-Run as ``python -m flowra_testing.reload_child ROOT``. Each ``ROOT/<case>/case.json`` names a dtype and either the
-modules of the tiny MLP that are trained in full and the form, or a layer type of a row of the table of methods;
-``input.safetensors`` holds ``x``.
+Run as ``python -m flowra_testing.reload_child ROOT THREADS``: with as many threads as whoever compares, for sums depend
+on their number. Each ``ROOT/<case>/case.json`` names a dtype and either the modules of the tiny MLP that are trained in
+full and the form, or a layer type of a row of the table of methods; ``input.safetensors`` holds ``x``.
 """
 
 import json
@@ -23,7 +23,7 @@ def reload_one(folder: Path) -> None:
     """Load ``folder/adapter`` into a fresh model; write ``output.safetensors`` and ``again/``."""
     case = json.loads((folder / "case.json").read_text())
     dtype = getattr(torch, case["dtype"])
-    x = load_file(folder / "input.safetensors")["x"]
+    x = load_file(folder / "input.safetensors")["x"].clone()  # a file's memory is not aligned, which changes products
     if "layer_type" in case:
         row = next(each for each in METHODS if each.name == case["method"])
         host = build_case(row.layer_types[case["layer_type"]], dtype).model
@@ -45,6 +45,6 @@ def answer(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(sys.argv[2]))
     for each in sorted(Path(sys.argv[1]).iterdir()):
         reload_one(each)

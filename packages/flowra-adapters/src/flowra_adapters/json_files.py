@@ -72,7 +72,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             deep = [key for key in names if len(file.get_slice(key).get_shape()) > MAX_AXES]
             if deep:
                 raise ValueError(f"tensors must have at most {MAX_AXES} axes, got more in {deep[0][:200]!r} in {path}")
-            return {key: file.get_tensor(key) for key in names}
+            # In memory of its own: the file's may change under the model, and is not aligned, which changes products.
+            return {key: file.get_tensor(key).clone() for key in names}
     except (SafetensorError, OSError) as error:
         reason = " ".join(str(error)[:300].split())
         raise ValueError(f"{path} must be a whole safetensors file, got {reason}") from None
