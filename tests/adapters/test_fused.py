@@ -1,5 +1,6 @@
 """The fused step is the composed one: same values, same derivatives, and it steps aside where it must."""
 
+import copy
 from collections.abc import Callable
 from importlib import import_module
 
@@ -71,7 +72,7 @@ def test_values_and_gradients_equal_the_composed_ones(
     x = inputs(*shape)
     fused = derivatives(model, one, x)
     assert len(fused_calls) == 1
-    one.observer = lambda z: None
+    _hook_in_front(model, one)
     composed = derivatives(model, one, x)
     assert len(fused_calls) == 1
     for actual, expected in zip(fused, composed, strict=True):
@@ -157,10 +158,6 @@ def test_recomputing_a_checkpointed_block_gives_the_same_gradients() -> None:
         )
 
 
-def _observe(model: nn.Sequential, one: LoRA) -> None:
-    one.observer = lambda z: None
-
-
 def _drop(model: nn.Sequential, one: LoRA) -> None:
     one.dropout = 0.5
     model.train()
@@ -170,8 +167,8 @@ def _train_the_base(model: nn.Sequential, one: LoRA) -> None:
     model[0].bias.requires_grad_(True)
 
 
-def _hook(model: nn.Sequential, one: LoRA) -> None:
-    model[0].register_forward_hook(lambda module, args, output: None)
+def _hook_in_front(model: nn.Sequential, one: LoRA) -> None:
+    model[0].register_forward_hook(lambda module, args, output: None, prepend=True)
 
 
 def _replace_forward(model: nn.Sequential, one: LoRA) -> None:
@@ -188,10 +185,9 @@ def _narrow_base(model: nn.Sequential, one: LoRA) -> None:
 
 
 STEPS_ASIDE = {
-    "an_observer_wants_z": _observe,
     "dropout_acts": _drop,
     "the_layer_itself_learns": _train_the_base,
-    "another_hook_sees_the_output": _hook,
+    "another_hook_sees_the_output": _hook_in_front,
     "forward_was_replaced": _replace_forward,
     "there_are_two_adapters": _second_adapter,
     "dtypes_are_mixed": _narrow_base,
@@ -206,6 +202,79 @@ def test_it_steps_aside_where(change: Callable[[nn.Sequential, LoRA], None], fus
     model(inputs(3).to(dtype)).sum().backward()
     assert not fused_calls
     assert one.lora_B.grad is not None
+
+
+@KINDS
+@pytest.mark.parametrize("rows", [3, 12])
+def test_an_observer_sees_z_and_its_gradient_in_the_fused_step(
+    build: Layer, rows: int, fused_calls: list[nn.Module]
+) -> None:
+    model, one = adapted(build)
+    x, shown, gradients = inputs(rows), [], []
+
+    def observer(z: Tensor) -> None:
+        shown.append(z.detach())
+        z.register_hook(gradients.append)
+
+    one.observer = observer
+    fused = derivatives(model, one, x)
+    assert len(fused_calls) == 1
+    _hook_in_front(model, one)
+    composed = derivatives(model, one, x)
+    assert len(fused_calls) == 1
+    for actual, expected in (*zip(fused, composed, strict=True), shown, gradients):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_derivatives_while_observed_are_right(fused_calls: list[nn.Module]) -> None:
+    model, one = adapted()
+    one.observer = lambda z: None
+
+    def function(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        output = torch.func.functional_call(
+            model, {"0.adapters.default.lora_A": a, "0.adapters.default.lora_B": b}, (x,)
+        )
+        assert isinstance(output, Tensor)
+        return output
+
+    arguments = (inputs(3), one.lora_A, one.lora_B)
+    assert gradcheck(function, arguments)
+    assert gradgradcheck(function, arguments)
+    assert fused_calls
+
+
+def test_what_an_observer_makes_of_z_has_a_gradient() -> None:
+    model, one = adapted()
+    shown: list[Tensor] = []
+    one.observer = shown.append
+    x = inputs(3)
+    model(x)
+    (found,) = torch.autograd.grad(shown[0].square().sum(), one.lora_A)
+    torch.testing.assert_close(found, 2 * (x @ one.lora_A.T).T @ x)
+
+
+def test_a_hook_that_comes_after_sees_the_adapted_output_of_the_fused_step(fused_calls: list[nn.Module]) -> None:
+    model, one = adapted()
+    x, seen, gradients = inputs(3), [], []
+
+    def hook(module: nn.Module, args: object, output: Tensor) -> None:
+        seen.append(output)
+        output.register_hook(gradients.append)
+
+    handle = model[0].register_forward_hook(hook)
+    output = model(x)
+    output.pow(3).sum().backward()
+    assert len(fused_calls) == 1
+    handle.remove()
+    _hook_in_front(model, one)
+    torch.testing.assert_close(seen[0], model(x))
+    torch.testing.assert_close(gradients[0], 3 * output.square())
+
+
+def test_a_copy_of_a_model_takes_the_fused_step_too(fused_calls: list[nn.Module]) -> None:
+    model, _ = adapted()
+    copy.deepcopy(model)(inputs(3))
+    assert len(fused_calls) == 1
 
 
 def test_a_hook_that_came_before_still_sees_its_gradient() -> None:

@@ -42,6 +42,9 @@ class Adapter(nn.Module, ABC):
         scaling: the factor ``s`` of the update. Fixed at birth: it does not depend on the current rank, so that growing
             or shrinking never rescales the directions that stay.
         enabled: whether the layer adds this update to its output.
+        observer: called with the bottleneck activation z, channels last, ``(…, r)``, a tensor of the graph that
+            gradients pass, on every forward pass, or None. This is how statistics are gathered as a by-product of
+            training. An update that has no bottleneck, or stands in the weight's place, never calls it.
         reads_base: whether the update depends on the base weight; then :meth:`forward` and :meth:`delta_weight` are
             given it.
     """
@@ -49,6 +52,7 @@ class Adapter(nn.Module, ABC):
     operator: Operator
     scaling: float
     enabled: bool
+    observer: Callable[[Tensor], None] | None
     reads_base: ClassVar[bool] = False
 
     def __init__(self, operator: Operator, *, scaling: float = 1.0) -> None:
@@ -56,6 +60,7 @@ class Adapter(nn.Module, ABC):
         self.operator = operator
         self.scaling = scaling
         self.enabled = True
+        self.observer = None
 
     def placed(self, base_weight: Callable[[], Tensor]) -> None:
         """Take note of being put on a site; called once, before the first pass.
@@ -93,8 +98,9 @@ class Adapter(nn.Module, ABC):
     def plain_factors(self) -> tuple[Tensor, Tensor] | None:
         """Return (A ``(r, n)``, B ``(m, r)``) if the update in this pass is exactly s · (x Aᵀ) Bᵀ, else None.
 
-        The machinery then applies them faster than :meth:`forward`, which nobody sees being called. Where
-        ``reads_base``, the update is exactly what makes the output :meth:`plain_gain` times (base + s · (x Aᵀ) Bᵀ).
+        The machinery then applies them faster than :meth:`forward`, which nobody sees being called, and shows x Aᵀ to
+        an observer if there is one: that must be z. Where ``reads_base``, the update is exactly what makes the output
+        :meth:`plain_gain` times (base + s · (x Aᵀ) Bᵀ), and an observer sees nothing of it.
         """
         return None
 

@@ -91,10 +91,12 @@ def _add_updates(
         ((key, adapter),) = active.items()
         factors = adapter.plain_factors()
         plain = factors is not None and key not in held.shadowed and held.sites[key].part is None
-        if factors is not None and plain and x.dtype == output.dtype and can_fuse(layer, x, factors[0]):
+        plain = plain and x.dtype == output.dtype
+        if factors is not None and plain and can_fuse(layer, x, factors[0]) and _is_first(held, layer):
             if not adapter.reads_base:
-                return fused_update(layer, x, output, *factors, adapter.scaling)
-            gain = None if held.merged else adapter.plain_gain(BaseWeight(held, key)())
+                return fused_update(layer, x, output, *factors, adapter.scaling, adapter.observer)
+            with_gain = adapter.observer is None and not held.merged
+            gain = adapter.plain_gain(BaseWeight(held, key)()) if with_gain else None
             if gain is not None and gain.dtype == output.dtype:
                 return fused_update_with_gain(layer, x, output, *factors, adapter.scaling, gain)
     total, owned = output, False
@@ -113,6 +115,11 @@ def _add_updates(
     return total
 
 
+def _is_first(held: AdapterDict, layer: nn.Module) -> bool:
+    """Tell whether nobody else's hook looks at the output before our updates are in it. Ask last: it is not traced."""
+    return next(iter(layer._forward_hooks), None) == held.hooks["add"].id
+
+
 def _fold(held: AdapterDict, layer: nn.Module, args: tuple[Any, ...]) -> None:
     """Put W + s B A into the weight's place where that is the cheapest way to apply the one update there is."""
     held.folded = None
@@ -123,10 +130,10 @@ def _fold(held: AdapterDict, layer: nn.Module, args: tuple[Any, ...]) -> None:
     if len(active) != 1:
         return
     ((key, adapter),) = active.items()
-    if adapter.reads_base or held.sites[key].part is not None:
+    if adapter.reads_base or adapter.observer is not None or held.sites[key].part is not None:
         return
     factors = adapter.plain_factors()
-    if factors is not None and can_fuse(layer, args[0], factors[0]):
+    if factors is not None and can_fuse(layer, args[0], factors[0]) and _is_first(held, layer):
         folded = layer.__dict__["weight"] = folded_weight(layer, *factors, adapter.scaling)
         held.folded = (folded, *factors, adapter.scaling)
 

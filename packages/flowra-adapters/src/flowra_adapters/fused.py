@@ -3,11 +3,14 @@
     forward    z = x Aᵀ,  y = base + s z Bᵀ           added in place into the base's output
     backward   ∂z = s g B,  ∂A = ∂zᵀ x,  ∂B = s gᵀ z,  ∂x = g W + ∂z A       one buffer for ∂x
 
+Where somebody observes z, it is made outside, in the graph: ∂A and ∂z A are then autograd's.
+
 Composed from separate operations, autograd makes and adds a tensor of the output's size twice in the forward pass and
 one of the input's size in the backward pass; on small ranks these passes, not the products, are the price of LoRA.
 The weight takes part only through ∂x, so it must be frozen. Measured in ``benchmarks/bench_step.py``.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,8 +26,8 @@ __all__ = ["autocast", "can_fuse", "fused_update"]
 def can_fuse(layer: nn.Module, x: Tensor, factor: Tensor) -> bool:
     """Tell whether a fused step may take the place of adding the update to the layer's output.
 
-    Not where somebody else looks at the output before us (another hook, a replaced ``forward``), where the
-    layer's own parameters learn, where dtypes are mixed, or where the pass is transformed or recorded.
+    Not where the layer's ``forward`` was replaced, where its own parameters learn, where dtypes are mixed, or where the
+    pass is transformed or recorded.
 
     Returns:
         Whether it may.
@@ -33,7 +36,6 @@ def can_fuse(layer: nn.Module, x: Tensor, factor: Tensor) -> bool:
     weight, bias = own.get("weight"), own.get("bias")
     return (
         (type(layer) is nn.Linear or is_conv1d(layer))
-        and len(layer._forward_hooks) == 1
         and "forward" not in layer.__dict__
         and type(weight) is nn.Parameter  # and not a quantised one
         and not weight.requires_grad
@@ -54,7 +56,15 @@ def autocast(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
-def fused_update(layer: nn.Module, x: Tensor, output: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+def fused_update(
+    layer: nn.Module,
+    x: Tensor,
+    output: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    observer: Callable[[Tensor], None] | None = None,
+) -> Tensor:
     """Add s · (x Aᵀ) Bᵀ to the output of a frozen linear layer, in place.
 
     Args:
@@ -64,6 +74,7 @@ def fused_update(layer: nn.Module, x: Tensor, output: Tensor, lora_A: Tensor, lo
         lora_A: ``(r, n)``.
         lora_B: ``(m, r)``.
         scaling: s.
+        observer: called with z = x Aᵀ ``(…, r)``, a tensor of the graph that gradients pass.
 
     Returns:
         ``(…, m)``, differentiable in x and the factors, any number of times.
@@ -71,13 +82,17 @@ def fused_update(layer: nn.Module, x: Tensor, output: Tensor, lora_A: Tensor, lo
     weight = layer._parameters["weight"]
     assert weight is not None
     in_rows = weight if type(layer) is nn.Linear else weight.T
-    y, _ = _FusedUpdate.apply(x, output.detach(), in_rows, lora_A, lora_B, scaling)  # type: ignore[no-untyped-call]
+    z = None
+    if observer is not None:
+        z = F.linear(x, lora_A)
+        observer(z)
+    y, _ = _FusedUpdate.apply(x, output.detach(), in_rows, lora_A, lora_B, scaling, z)  # type: ignore[no-untyped-call]
     assert isinstance(y, Tensor)
     return y
 
 
 class _FusedUpdate(torch.autograd.Function):
-    """z is an output, too, so that a second derivative sees how it depends on x and A.
+    """z is an output, too, so that a second derivative sees how it depends on x and A; or it is given, and an input.
 
     The older form with one ``forward``: a separate ``setup_context`` costs a look at the signature on every call.
     """
@@ -91,14 +106,15 @@ class _FusedUpdate(torch.autograd.Function):
         lora_A: Tensor,
         lora_B: Tensor,
         scaling: float,
-    ) -> tuple[Tensor, Tensor]:
-        z = F.linear(x, lora_A)
+        given: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        z = F.linear(x, lora_A) if given is None else given
         base.view(-1, base.shape[-1]).addmm_(z.view(-1, z.shape[-1]), lora_B.T, alpha=scaling)
         ctx.mark_dirty(base)
         ctx.set_materialize_grads(False)
-        ctx.scaling = scaling
+        ctx.scaling, ctx.given = scaling, given is not None
         ctx.save_for_backward(x, weight, lora_A, lora_B, z)
-        return base, z
+        return base, z if given is None else None
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, gradient_z: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
@@ -109,10 +125,12 @@ class _FusedUpdate(torch.autograd.Function):
         dz = g @ (ctx.scaling * lora_B)
         if gradient_z is not None:
             dz = dz + gradient_z.reshape(dz.shape)
-        dx = None
+        dx = dA = None
         if ctx.needs_input_grad[0]:
-            dx = (g @ weight).addmm_(dz, lora_A).view(x.shape)
-        dA = dz.T @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[3] else None
+            dx = g @ weight
+            dx = (dx if ctx.given else dx.addmm_(dz, lora_A)).view(x.shape)
+        if ctx.needs_input_grad[3] and not ctx.given:
+            dA = dz.T @ x.reshape(-1, x.shape[-1])
         # (zᵀ g)ᵀ and not gᵀ z: the product of a wide matrix is the faster one by far.
         dB = (ctx.scaling * (z.reshape(-1, z.shape[-1]).T @ g)).T if ctx.needs_input_grad[4] else None
-        return dx, None, None, dA, dB, None
+        return dx, None, None, dA, dB, None, dz.view(z.shape) if ctx.given else None

@@ -39,8 +39,7 @@ class LoRA(Adapter):
         lora_B: ``(m, r)``. Likewise.
         offset_A, offset_B: None, or constant factors of which s · offset_B · offset_A is taken off the update: the
             start of a trained pair that did not start at zero (:meth:`start_from`).
-        observer: called with the bottleneck activation z = A x, channels last, ``(…, r)``, on every forward pass, or
-            None. This is how statistics are gathered as a by-product of training.
+        observer: called with z = A x, or None.
 
     Raises:
         ValueError: if rank, scaling or dropout is out of range.
@@ -64,7 +63,6 @@ class LoRA(Adapter):
         super().__init__(operator, scaling=scaling)
         _check(operator, rank, scaling, dropout)
         self.dropout = dropout
-        self.observer: Callable[[Tensor], None] | None = None
         self.register_buffer("offset_A", None)
         self.register_buffer("offset_B", None)
         m, n = operator.out_size, operator.in_size
@@ -114,8 +112,8 @@ class LoRA(Adapter):
         return update * self.scaling
 
     def plain_factors(self) -> tuple[Tensor, Tensor] | None:
-        """Return the factors unless dropout acts or an observer wants to see z."""
-        if self.observer is not None or self._drops:
+        """Return the factors, unless dropout acts or they hold more than A while an observer wants to see z = A x."""
+        if self._drops or (self.observer is not None and self.offset_A is not None):
             return None
         return self._factors()
 

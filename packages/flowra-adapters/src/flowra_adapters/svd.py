@@ -11,7 +11,7 @@ N(0, 1), fifty times the spread at birth; E is ``(r,)``, not ``(r, 1)``.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -44,8 +44,7 @@ class SVDForm(Adapter):
         lora_E: ``(r,)``. Likewise.
         lora_B: ``(m, r)``. Likewise.
         max_rank: the largest rank that :meth:`grow` can reach.
-        observer: called with the bottleneck activation z = E ⊙ A x, channels last, ``(…, r)``, on every pass, or
-            None. This is how statistics are gathered as a by-product of training.
+        observer: called with z = E ⊙ A x, or None.
         seed: 0-d int64, of the next growth; part of the state dict, so that a resumed run draws the same columns.
 
     Raises:
@@ -71,7 +70,6 @@ class SVDForm(Adapter):
         super().__init__(operator, scaling=scaling)
         _check(operator, rank, scaling, dropout)
         self.dropout = dropout
-        self.observer: Callable[[Tensor], None] | None = None
         self.max_rank = operator.max_rank
         lora_A, lora_B = (
             torch.zeros(shape, dtype=dtype, device=generator.device).normal_(std=BIRTH_SPREAD, generator=generator)
@@ -100,21 +98,17 @@ class SVDForm(Adapter):
         """Map the layer's input to the update of its output; computed in the dtype of the factors."""
         if self.training and self.dropout > 0:
             x = F.dropout(x.to(self.lora_A.dtype), self.dropout)
-        if self.observer is not None:
-            return self._observed(x, self.observer)
         lora_A, lora_B = self._factors(self.lora_A.dtype)
-        return self.operator.pointwise(self.operator.down(x, lora_A), lora_B) * self.scaling
-
-    def _observed(self, x: Tensor, observer: Callable[[Tensor], None]) -> Tensor:
-        """Apply the update with z, channels last, as a tensor of the graph that gradients pass."""
-        lora_A = self.acting_E.to(self.lora_A.dtype).unsqueeze(1) * self.lora_A
-        z = self.operator.down(x, lora_A).movedim(self.operator.channel_dim, -1)
-        observer(z)
-        return self.operator.pointwise(z.movedim(-1, self.operator.channel_dim), self.lora_B) * self.scaling
+        z = self.operator.down(x, lora_A)
+        if self.observer is not None:
+            shown = z.movedim(self.operator.channel_dim, -1)
+            self.observer(shown)
+            z = shown.movedim(-1, self.operator.channel_dim)
+        return self.operator.pointwise(z, lora_B) * self.scaling
 
     def plain_factors(self) -> tuple[Tensor, Tensor] | None:
-        """Return A and B, E in one of them, unless dropout acts or an observer wants to see z."""
-        if self.observer is not None or (self.dropout > 0 and self.training):
+        """Return A and B, E in one of them, unless dropout acts."""
+        if self.dropout > 0 and self.training:
             return None
         return self._factors(self.lora_A.dtype)
 
@@ -124,9 +118,9 @@ class SVDForm(Adapter):
         return self.scaling * self.operator.product(lora_B, lora_A)
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return A and B with E multiplied into the smaller of them."""
+        """Return A and B with E multiplied into the smaller of them, or into A while z = E ⊙ A x is observed."""
         lora_A, lora_E, lora_B = self.lora_A.to(dtype), self.acting_E.to(dtype), self.lora_B.to(dtype)
-        if self.operator.in_size <= self.operator.out_size:
+        if self.observer is not None or self.operator.in_size <= self.operator.out_size:
             return lora_E.unsqueeze(1) * lora_A, lora_B
         return lora_A, lora_B * lora_E
 
