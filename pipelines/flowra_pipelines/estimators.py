@@ -18,11 +18,10 @@ Units differ, so what two estimators say compares by its order only.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from itertools import accumulate
 from types import MappingProxyType
 from typing import Any, Literal, Self
 
@@ -301,14 +300,21 @@ def _found(parts: Sequence[Any], spectra: Callable[[Any], dict[str, Tensor]]) ->
     return Found(_first(whole), whole if any(len(each) > 1 for each in whole.values()) else None, replicates)
 
 
-def _all_but_one(parts: Sequence[Any]) -> list[Any]:
-    """Merge all states but the first, all but the second, …: those before each with those after it."""
-    if len(parts) < 2:
-        return []
-    before = list(accumulate(parts, _merge))
-    after = list(accumulate(reversed(parts), lambda later, earlier: _merge(earlier, later)))[::-1]
-    inner = [_merge(before[index - 1], after[index + 1]) for index in range(1, len(parts) - 1)]
-    return [after[1], *inner, before[-2]]
+def _all_but_one(parts: Sequence[Any], others: Any = None) -> Iterator[Any]:  # noqa: ANN401 - states of one kind
+    """Merge all states but the first, all but the second, …; with ``others``, that with each of them.
+
+    By halves, so that few sums are alive at once: a state can be as large as the model.
+
+    Yields:
+        The merged states, in the order of those left out.
+    """
+    if len(parts) == 1:
+        if others is not None:
+            yield others
+        return
+    first, second = parts[: len(parts) // 2], parts[len(parts) // 2 :]
+    yield from _all_but_one(first, _merged([*([] if others is None else [others]), *second]))
+    yield from _all_but_one(second, _merged([*([] if others is None else [others]), *first]))
 
 
 def _found_kfac(factors: KFAC, gradients: MeanGradients, sketches: Sequence[GradientSpectra]) -> Found:
