@@ -35,8 +35,18 @@ class Row:
         return self.ours <= self.limit if self.sense == "<=" else self.ours >= self.limit
 
 
-def write(name: str, rows: Sequence[Row], *, command: str) -> Path:
-    """Print the rows and write them to ``results/<name>.json``."""
+def write(name: str, rows: Sequence[Row], *, command: str, part: bool = False) -> Path:
+    """Print the rows and write them to ``results/<name>.json``.
+
+    Args:
+        name: of the benchmark.
+        rows: its figures.
+        command: that made them.
+        part: whether rows of the file that are not among these stay, with the command and the date they have.
+
+    Returns:
+        The file.
+    """
     stamp = {"command": command, "versions": _versions(), "date": datetime.now(UTC).date().isoformat()}
     content = [{**asdict(row), "holds": row.holds, **stamp} for row in rows]
     for row in rows:
@@ -45,6 +55,10 @@ def write(name: str, rows: Sequence[Row], *, command: str) -> Path:
         print(f"{row.what:<78} {'not run' if row.ours is None else f'{row.ours:g}'}{peer}{bar}")
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{name}.json"
+    if part:
+        new = {each["what"]: each for each in content}
+        old = json.loads(path.read_text(encoding="utf-8"))
+        content = [new.pop(each["what"], each) for each in old] + list(new.values())
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
 

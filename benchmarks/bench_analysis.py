@@ -1,6 +1,6 @@
 """What calibration's statistics cost, in plain forward and backward passes over the same examples, and in memory.
 
-python benchmarks/bench_analysis.py [--rounds N]
+python benchmarks/bench_analysis.py [--rounds N] [--memory]
 
 The statistics are those that the stage calibrate takes of a trained probe: "default" is what it takes when it is not
 told otherwise, rank measures of weights and updates included; "everything" adds the K-FAC gradient spectrum, the
@@ -236,10 +236,15 @@ def costs(name: str, *, rounds: int, everything: bool) -> list[Row]:
     if everything:
         what = f"{name}: everything together over plain passes"
         rows.append(Row(what=what, ours=_round(found["everything"]), limit=12, sense="<="))
+    return [*rows, memory(name)]
+
+
+def memory(name: str) -> Row:
+    """Compare the peaks on one model."""
     default, step = peak_memory(name, "default"), peak_memory(name, "step")
+    print(f"  peak MB: default {default:.0f}, step {step:.0f}", flush=True)
     what = f"{name}: peak memory of default statistics over a LoRA training step's"
-    rows.append(Row(what=what, ours=_round(default / step), limit=1.2, sense="<="))
-    return rows
+    return Row(what=what, ours=_round(default / step), limit=1.2, sense="<=")
 
 
 def scaling(*, rounds: int) -> list[Row]:
@@ -331,10 +336,15 @@ def main() -> None:
     """Measure and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory", action="store_true", help="measure the peaks again; the other figures stay")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         _child(*json.loads(arguments.child))
+        return
+    command = f"python benchmarks/bench_analysis.py --rounds {arguments.rounds}"
+    if arguments.memory:
+        print(write("analysis", [memory(name) for name in SUBJECTS], command=f"{command} --memory", part=True))
         return
     small, whole, half = SUBJECTS
     rows = costs(small, rounds=arguments.rounds, everything=True)
@@ -343,7 +353,7 @@ def main() -> None:
     rows += scaling(rounds=2)
     rows += components()
     rows += bench_kfac.rows(rounds=11)
-    print(write("analysis", rows, command=f"python benchmarks/bench_analysis.py --rounds {arguments.rounds}"))
+    print(write("analysis", rows, command=command))
 
 
 if __name__ == "__main__":

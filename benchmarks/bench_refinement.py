@@ -1,6 +1,6 @@
 """What moving rank costs: events, allocation, the step afterwards, and whole runs beside AdaLoRA and LoRA.
 
-python benchmarks/bench_refinement.py [--rounds N] [--steps N]
+python benchmarks/bench_refinement.py [--rounds N] [--steps N] [--memory]
 
 Every linear layer of all-MiniLM-L6-v2 carries adapters, 32 × 64 tokens, AdamW, `model.train()`. "Events" is the share
 of the time of a run that its refinement events take, statistics gathered before them apart (those are in the runs'
@@ -240,6 +240,23 @@ def memory(name: str, steps: int) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
+def memories() -> list[Row]:
+    """Compare peaks."""
+    peaks = {name: memory(name, 30) for name in (*OURS, *PEERS)}
+    print("  peak MB: " + ", ".join(f"{name} {peak:.0f}" for name, peak in peaks.items()), flush=True)
+    peer, lora = peaks["adalora of PEFT"], _round(peaks["lora of PEFT"] / peaks["adalora of PEFT"])
+    return [
+        Row(
+            what=f"{name}: peak memory of a fresh process, ratio to PEFT's AdaLoRA (peer: PEFT's LoRA)",
+            ours=_round(peaks[name] / peer),
+            peer=lora,
+            limit=1.0,
+            sense="<=",
+        )
+        for name in OURS
+    ]
+
+
 def after_shrinking(*, rounds: int) -> Row:
     """Compare the step of a shrunken model with that of a model created at its ranks."""
     shrunken = made("shrink by magnitude", 100)
@@ -292,6 +309,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--memory", action="store_true", help="measure the peaks again; the other figures stay")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -301,13 +319,12 @@ def main() -> None:
             training.step()
         print(bench_step.peak_resident())
         return
-    rows = [allocation(), *runs(arguments.steps), after_shrinking(rounds=arguments.rounds)]
-    peaks = {name: memory(name, 30) for name in (*OURS, *PEERS)}
-    for name in OURS:
-        what = f"{name}: peak memory of a fresh process, ratio to PEFT's AdaLoRA (peer: PEFT's LoRA)"
-        ratio, lora = (peaks[each] / peaks["adalora of PEFT"] for each in (name, "lora of PEFT"))
-        rows.append(Row(what=what, ours=_round(ratio), peer=_round(lora), limit=1.0, sense="<="))
-    print(write("refinement", rows, command=f"python benchmarks/bench_refinement.py --steps {arguments.steps}"))
+    command = f"python benchmarks/bench_refinement.py --steps {arguments.steps}"
+    if arguments.memory:
+        print(write("refinement", memories(), command=f"{command} --memory", part=True))
+        return
+    rows = [allocation(), *runs(arguments.steps), after_shrinking(rounds=arguments.rounds), *memories()]
+    print(write("refinement", rows, command=command))
 
 
 if __name__ == "__main__":
