@@ -23,6 +23,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -31,6 +32,7 @@ from typing import Any, Protocol
 import peft
 import torch
 from _equal_budget_table import Outcome, Table, draw, halves, over_all, show
+from _precision import autocast
 from _results import write
 from _smollm2 import smollm2
 from torch.optim import Optimizer
@@ -88,6 +90,8 @@ class Task:
     held_out: int
     attention: tuple[str, ...]
     """Patterns of query and value."""
+    half: bool = False
+    """Whether it is trained under autocast to bfloat16, where that is faster."""
 
 
 TASKS = {
@@ -124,6 +128,7 @@ TASKS = {
         rates=(1e-3, 2e-3, 4e-3),
         held_out=160,
         attention=("*.q_proj", "*.v_proj"),
+        half=True,
     ),
 }
 
@@ -182,18 +187,19 @@ class Run:
 
     def train(self, optimizer: Optimizer, first: int = 0, last: int | None = None, *, model: Any = None) -> None:  # noqa: ANN401
         """Train from one step of the schedule to another."""
-        train_phase(
-            self.model if model is None else model,
-            self.setting.train,
-            optimizer,
-            config=self.config,
-            collate=self.setting.collate,
-            first_step=first,
-            last_step=self.task.steps if last is None else last,
-            seed=self.seed,
-            description=f"lr {self.rate:g}, seed {self.seed}",
-            callbacks=self.callbacks,
-        )
+        with autocast() if self.task.half else nullcontext():
+            train_phase(
+                self.model if model is None else model,
+                self.setting.train,
+                optimizer,
+                config=self.config,
+                collate=self.setting.collate,
+                first_step=first,
+                last_step=self.task.steps if last is None else last,
+                seed=self.seed,
+                description=f"lr {self.rate:g}, seed {self.seed}",
+                callbacks=self.callbacks,
+            )
 
 
 class Method(Protocol):
