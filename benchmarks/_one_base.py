@@ -85,7 +85,7 @@ class Task:
     steps: int = 500
     validation: int = 200
     """Training rows that are held out."""
-    test_rows: int = 2000
+    test_rows: int = 1000
     """At most, spread evenly over the file."""
 
     @property
@@ -113,7 +113,7 @@ def quick(task: Task) -> Task:
 
 def _domain(name: str) -> Task:
     folder = f"cls/domain_sentiment/{name}"
-    return Task(name=name, train=f"{folder}/train.parquet", test=f"{folder}/dev.parquet", max_length=128, steps=400)
+    return Task(name=name, train=f"{folder}/train.parquet", test=f"{folder}/dev.parquet", max_length=64, steps=400)
 
 
 SUITES: Mapping[str, tuple[Task, ...]] = {

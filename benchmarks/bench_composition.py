@@ -5,8 +5,8 @@ FLOWRA_DATA=… python benchmarks/bench_composition.py FOLDER [--suites glue,dom
 Five GLUE tasks, and one task in five domains (``_one_base.py``): the adapters are trained once, frozen, and the same
 for all methods; every task keeps its head. A merged update is judged (i) merged into the weights, and (ii) truncated to
 the parameters of one adapter. Methods without data get their best scale, and density, from 200 validation rows of each
-task, and are shown at scale 1 as well; all of them are proportional to the scale, so they merge once. Methods with data
-take 64 or 256 unlabelled training rows of each task, and no scale; their truncation knows the moments of these rows.
+task; all of them are proportional to the scale, so they merge once. Methods with data take 64 or 256 unlabelled
+training rows of each task, and no scale; their truncation knows the moments of these rows.
 AdaMerging looks at the entropy of classes, so it is run where all tasks have classes. PEFT's own merges are made by
 PEFT; those that mix A with A and B with B have the rank of one adapter in (i), too.
 
@@ -18,8 +18,8 @@ steps for each as its own adapter got. For `flow` and task arithmetic the interf
 in the metric of its statistics.
 
 A first line says how many hours the machine will need. Every figure is kept in FOLDER and made once; a run that was
-broken off goes on where it stopped, and `--finished` reports what is there. `--quick` takes few steps, rows and
-methods, to try the benchmark, and writes no results.
+broken off goes on where it stopped, and `--finished` reports what is there. Processes that are given the same folder
+share the work. `--quick` takes few steps, rows and methods, to try the benchmark, and writes no results.
 """
 
 import argparse
@@ -52,6 +52,7 @@ from _one_base import (
     trained,
 )
 from _results import Row, write
+from _shared_work import claimed
 from scipy import stats
 from torch import Tensor
 from transformers import AutoModel
@@ -174,8 +175,16 @@ class Suite:
 
     @cached_property
     def tasks(self) -> list[TaskModel]:
-        """The tasks; adapters are trained where they are missing."""
-        return [trained(task, self.folder) for task in self.specifications]
+        """The tasks; adapters are trained where they are missing, and nobody else does it."""
+        for task in self.specifications:
+            with claimed(self.folder / task.name) as mine:
+                if mine:
+                    trained(task, self.folder)
+        made = []
+        for task in self.specifications:
+            with claimed(self.folder / task.name, wait=True):
+                made.append(trained(task, self.folder))
+        return made
 
     @property
     def names(self) -> list[str]:
@@ -218,9 +227,12 @@ class Suite:
         return self.folder / "scores" / f"{_slug(name)}.json"
 
     def kept(self, name: str, make: Callable[[], Made]) -> None:
-        """Make and score an update, once."""
-        if self.file(name).exists():
-            return
+        """Make and score an update, once, unless somebody else does it now."""
+        with claimed(self.file(name)) as mine:
+            if mine and not self.file(name).exists():
+                self._make(name, make)
+
+    def _make(self, name: str, make: Callable[[], Made]) -> None:
         same = self.file(name.replace("(ii)", "(i)"))
         if "PEFT" in name and not name.endswith("svd") and same.exists():  # of the rank of one adapter in both forms
             shutil.copy(same, self.file(name))
@@ -260,20 +272,26 @@ class Suite:
 
     def references(self) -> None:
         """Score each adapter alone, the base, and the adapter that was trained on all tasks."""
-        if not self.file(ALONE).exists():
-            scores = {}
-            for made in self.tasks:
-                made.wear(made.updates)
-                scores[made.task.name] = made.score(made.setting.test)
-            self.keep(ALONE, scores, self.updates[0], chosen={})
+        for name, find in ((ALONE, self._alone), (JOINTLY, self._jointly)):
+            with claimed(self.file(name)) as mine:
+                if mine and not self.file(name).exists():
+                    find()
         self.kept(BASE, lambda: ({}, {}))
-        if not self.file(JOINTLY).exists():
-            updates, heads = joint(self.tasks, self.folder / "jointly")
-            for made in self.tasks:
-                made.wear_head(heads[made.task.name])
-            self.keep(JOINTLY, self.scored(updates), updates, chosen={})
-            for made in self.tasks:
-                made.wear_head(made.head)
+
+    def _alone(self) -> None:
+        scores = {}
+        for made in self.tasks:
+            made.wear(made.updates)
+            scores[made.task.name] = made.score(made.setting.test)
+        self.keep(ALONE, scores, self.updates[0], chosen={})
+
+    def _jointly(self) -> None:
+        updates, heads = joint(self.tasks, self.folder / "jointly")
+        for made in self.tasks:
+            made.wear_head(heads[made.task.name])
+        self.keep(JOINTLY, self.scored(updates), updates, chosen={})
+        for made in self.tasks:
+            made.wear_head(made.head)
 
     def merged(
         self,
@@ -316,7 +334,6 @@ class Suite:
                         found[f"{form} {name}, {count} examples"] = partial(self._by_data, method.rule, form, count)
                 else:
                     found[f"{form} {name}"] = partial(self._tuned, method, form)
-                    found[f"{form} {name}, scale 1"] = partial(self._untuned, method, form)
             found[f"{form} {self.flow}, scale tuned"] = partial(self._flow_tuned, form)
             if all(task.metric != "spearman" for task in self.specifications):
                 for count in self.extent.examples:
@@ -334,9 +351,6 @@ class Suite:
     def _by_data(self, rule: str, form: str, count: int) -> Made:
         return self.merged(rule, form, examples=count), {}
 
-    def _untuned(self, method: Method, form: str) -> Made:
-        return self.merged(method.rule, form, method.options[0]), method.options[0].given()
-
     def _tuned(self, method: Method, form: str) -> Made:
         return self.at_best_scale((self.merged(method.rule, form, each), each.given()) for each in method.options)
 
@@ -344,26 +358,34 @@ class Suite:
         return self.at_best_scale([self._by_data("flow", form, max(self.extent.examples))])
 
     def _by_entropy(self, form: str, count: int) -> Made:
-        """Weights by task and module, of the least entropy."""
+        """Weights by task and module, of the least entropy; the same for both forms."""
         file = self.folder / f"coefficients-{count}.json"
-        if not file.exists():
-            first = self.tasks[0]
-            first.wear({})
-            first.model.eval()
-            batches = [
-                [
-                    made.setting.collate([made.training[index] for index in range(begin, begin + 8)])
-                    for begin in range(0, count, 8)
-                ]
-                for made in self.tasks
-            ]
-            learned = learn_coefficients(
-                first.model, self.updates, batches, _logits, heads=[made.head for made in self.tasks],
-                steps=self.extent.entropy_steps,
-            )  # fmt: skip
-            file.write_text(json.dumps(learned.weights), encoding="utf-8")
+        with claimed(file, wait=True):
+            if not file.exists():
+                self._learn_coefficients(file, count)
         weights = json.loads(file.read_text(encoding="utf-8"))
         return self.merged("task_arithmetic", form, examples=count, weights=weights), {}
+
+    def _learn_coefficients(self, file: Path, count: int) -> None:
+        first = self.tasks[0]
+        first.wear({})
+        first.model.eval()
+        batches = [
+            [
+                made.setting.collate([made.training[index] for index in range(begin, begin + 8)])
+                for begin in range(0, count, 8)
+            ]
+            for made in self.tasks
+        ]
+        learned = learn_coefficients(
+            first.model,
+            self.updates,
+            batches,
+            _logits,
+            heads=[made.head for made in self.tasks],
+            steps=self.extent.entropy_steps,
+        )
+        file.write_text(json.dumps(learned.weights), encoding="utf-8")
 
     def _by_peft(self, name: str, method: PeftMethod, form: str) -> Made:
         return self.at_best_scale(
@@ -467,6 +489,7 @@ class Outcome:
 
 def fill(suite: Suite) -> None:
     """Make what is missing."""
+    suite.tasks  # noqa: B018 - adapters first: they are what others wait for
     suite.references()
     for name, make in suite.ways().items():
         suite.kept(name, make)

@@ -260,8 +260,16 @@ def refiner_of(run: Run, layers: Mapping[str, Any], policy: Policy) -> Refiner:
     return Refiner(run.model, layers, policy=policy, costs=costs, caps=caps, budget=run.budget, seed=run.seed)
 
 
-def probed(policy: Callable[[Run], Policy] | None) -> Method:
-    """Flowra: a short probe at twice the budget, the knapsack on what it learned, then on at the planned ranks."""
+def probed(policy: Callable[[Run], Policy] | None, *, kappa: float = 1.0) -> Method:
+    """Flowra: a short probe at twice the budget, the knapsack on what it learned, then on at the planned ranks.
+
+    Args:
+        policy: that moves rank from then on.
+        kappa: of the plan's budget: what the policy starts from.
+
+    Returns:
+        The method.
+    """
 
     def train(run: Run) -> tuple[int, int]:
         layers = run.attach(start(run, list(run.costs), 2 * run.budget))
@@ -273,7 +281,7 @@ def probed(policy: Callable[[Run], Policy] | None) -> Method:
         plan = allocate(
             {name: spectra[name].gains.tolist() for name in spectra},
             {name: run.costs[name] for name in spectra},
-            budget=run.budget,
+            budget=int(kappa * run.budget),
         )
         for name, spectrum in spectra.items():
             layer = layers[name]
@@ -384,6 +392,9 @@ METHODS: dict[str, Method] = {
     ),
     "Flowra: probe": probed(None),
     "Flowra: probe, breathe": probed(lambda run: Breathe(schedule=schedule(run, first=0.4))),
+    "Flowra: probe, shrink by magnitude": probed(
+        lambda run: Shrink(schedule=schedule(run, first=0.4), measure="magnitude", kappa=2.0), kappa=2.0
+    ),
     "Flowra: breathe": moving(lambda run: Breathe(schedule=schedule(run))),
     "Flowra: shrink by flow": moving(lambda run: Shrink(schedule=schedule(run), measure="flow", kappa=2.0), kappa=2.0),
     "Flowra: shrink by magnitude": moving(
