@@ -17,7 +17,7 @@ def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
         wait: until nobody else has it.
 
     Yields:
-        Whether it is this process's now.
+        Whether this process is to do it: nobody else does, and it is not done.
     """
     lock = path.with_name(f"{path.name}.lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -27,4 +27,4 @@ def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
-        yield True
+        yield not path.exists()

@@ -177,12 +177,12 @@ class Suite:
     def tasks(self) -> list[TaskModel]:
         """The tasks; adapters are trained where they are missing, and nobody else does it."""
         for task in self.specifications:
-            with claimed(self.folder / task.name) as mine:
+            with claimed(self.folder / task.name / "adapter") as mine:
                 if mine:
                     trained(task, self.folder)
         made = []
         for task in self.specifications:
-            with claimed(self.folder / task.name, wait=True):
+            with claimed(self.folder / task.name / "adapter", wait=True):
                 made.append(trained(task, self.folder))
         return made
 
@@ -229,7 +229,7 @@ class Suite:
     def kept(self, name: str, make: Callable[[], Made]) -> None:
         """Make and score an update, once, unless somebody else does it now."""
         with claimed(self.file(name)) as mine:
-            if mine and not self.file(name).exists():
+            if mine:
                 self._make(name, make)
 
     def _make(self, name: str, make: Callable[[], Made]) -> None:
@@ -274,7 +274,7 @@ class Suite:
         """Score each adapter alone, the base, and the adapter that was trained on all tasks."""
         for name, find in ((ALONE, self._alone), (JOINTLY, self._jointly)):
             with claimed(self.file(name)) as mine:
-                if mine and not self.file(name).exists():
+                if mine:
                     find()
         self.kept(BASE, lambda: ({}, {}))
 
@@ -360,8 +360,8 @@ class Suite:
     def _by_entropy(self, form: str, count: int) -> Made:
         """Weights by task and module, of the least entropy; the same for both forms."""
         file = self.folder / f"coefficients-{count}.json"
-        with claimed(file, wait=True):
-            if not file.exists():
+        with claimed(file, wait=True) as mine:
+            if mine:
                 self._learn_coefficients(file, count)
         weights = json.loads(file.read_text(encoding="utf-8"))
         return self.merged("task_arithmetic", form, examples=count, weights=weights), {}
@@ -489,7 +489,6 @@ class Outcome:
 
 def fill(suite: Suite) -> None:
     """Make what is missing."""
-    suite.tasks  # noqa: B018 - adapters first: they are what others wait for
     suite.references()
     for name, make in suite.ways().items():
         suite.kept(name, make)

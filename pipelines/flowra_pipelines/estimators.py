@@ -300,21 +300,20 @@ def _found(parts: Sequence[Any], spectra: Callable[[Any], dict[str, Tensor]]) ->
     return Found(_first(whole), whole if any(len(each) > 1 for each in whole.values()) else None, replicates)
 
 
-def _all_but_one(parts: Sequence[Any], others: Any = None) -> Iterator[Any]:  # noqa: ANN401 - states of one kind
-    """Merge all states but the first, all but the second, …; with ``others``, that with each of them.
+def _all_but_one(parts: Sequence[Any], others: Sequence[Any] = ()) -> Iterator[Any]:
+    """Merge all states but the first, all but the second, …; ``others`` are in all of them.
 
     By halves, so that few sums are alive at once: a state can be as large as the model.
 
     Yields:
-        The merged states, in the order of those left out.
+        The merged states, in the order of those left out; nothing where one state is all there is.
     """
     if len(parts) == 1:
-        if others is not None:
-            yield others
+        yield from others
         return
     first, second = parts[: len(parts) // 2], parts[len(parts) // 2 :]
-    yield from _all_but_one(first, _merged([*([] if others is None else [others]), *second]))
-    yield from _all_but_one(second, _merged([*([] if others is None else [others]), *first]))
+    yield from _all_but_one(first, [_merged([*others, *second])])
+    yield from _all_but_one(second, [_merged([*others, *first])])
 
 
 def _found_kfac(factors: KFAC, gradients: MeanGradients, sketches: Sequence[GradientSpectra]) -> Found:

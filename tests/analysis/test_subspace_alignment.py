@@ -105,11 +105,17 @@ def test_leading_singular_directions_hold_the_leading_energy() -> None:
     share = float(sigma[:R].square().sum() / sigma.square().sum())
     for name in ("right_share", "left_share", "both_share"):
         assert getattr(found, name) == pytest.approx(share, rel=1e-12)
-    assert found.right_overlap == pytest.approx(1, abs=1e-12)
-    assert found.left_overlap == pytest.approx(1, abs=1e-12)
+    assert found.right_overlap == pytest.approx(found.left_overlap, abs=2e-16) == pytest.approx(1, abs=1e-12)
     trailing = subspace_alignment(vt[R:], u[:, R:], g, leading=R)
     assert trailing.right_overlap == pytest.approx(0, abs=1e-12)
     assert trailing.left_share == pytest.approx(1 - share, rel=1e-12)
+
+
+def test_leading_singular_directions_of_a_diagonal_gradient_overlap_with_them_exactly() -> None:
+    g, eye = torch.zeros(M, N, dtype=torch.float64), torch.eye(max(M, N), dtype=torch.float64)
+    g.diagonal().copy_(torch.arange(min(M, N), 0, -1))
+    found = subspace_alignment(eye[:R, :N], eye[:M, :R], g, leading=R)
+    assert found.right_overlap == found.left_overlap == 1
 
 
 def test_random_subspaces_have_the_expected_values() -> None:
