@@ -12,7 +12,7 @@ import numpy as np
 from _results import Row
 from scipy import stats
 
-__all__ = ["Outcome", "Table", "draw", "halves", "over_all", "show"]
+__all__ = ["Outcome", "Table", "between", "draw", "halves", "over_all", "show"]
 
 
 def halves(values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -63,9 +63,9 @@ class Table:
         losses = self.methods[self.reference].values("losses").mean(1)
         return float(losses.std(ddof=1)) if len(losses) > 1 else 1.0
 
-    def difference(self, name: str) -> np.ndarray:
-        """Return a method's loss less that of the reference, ``(seeds, examples)``."""
-        loss, other = (self.methods[each].values("losses") for each in (name, self.reference))
+    def difference(self, name: str, to: str = "") -> np.ndarray:
+        """Return a method's loss less that of another, by default the reference, ``(seeds, examples)``."""
+        loss, other = (self.methods[each].values("losses") for each in (name, to or self.reference))
         seeds = min(len(loss), len(other))
         return loss[:seeds] - other[:seeds]
 
@@ -90,6 +90,19 @@ def show(table: Table) -> list[Row]:
             rows.append(Row(what=f"{table.title}: {name}: accuracy", ours=_round(score.mean())))
         what = f"{table.title}: {name}: parameters at the end (peer: at the peak)"
         rows.append(Row(what=what, ours=each.parameters, peer=each.peak, limit=budget, sense="<="))
+    return rows
+
+
+def between(table: Table, pairs: Sequence[tuple[str, str]]) -> list[Row]:
+    """Test one method beside another, paired over seeds, p-values uncorrected."""
+    rows = []
+    for one, other in pairs:
+        if {one, other} <= table.methods.keys():
+            by_seed = table.difference(one, other).mean(1)
+            p = float(stats.ttest_1samp(by_seed, 0.0).pvalue) if len(by_seed) > 2 else math.nan
+            print(f"{one} less {other}: {by_seed.mean():+.4f}, by seed {by_seed.round(4).tolist()}, p = {p:.3f}")
+            what = f"{table.title}: {one} less {other}: mean difference of loss (peer: p, uncorrected)"
+            rows.append(Row(what=what, ours=_round(by_seed.mean()), peer=None if math.isnan(p) else _round(p)))
     return rows
 
 

@@ -1,7 +1,6 @@
 """Equal budgets: what moving rank gains over LoRA at its best placement, AdaLoRA and FlexLoRA.
 
-FLOWRA_DATA=… python benchmarks/bench_equal_budget.py FOLDER [--tasks sst2,code] [--seeds 4] [--share K/N]
-    [--finished] [--threads N]
+FLOWRA_DATA=… python benchmarks/bench_equal_budget.py FOLDER [--tasks sst2,code] [--seeds 4] [--finished] [--threads N]
 
 Every method sees the same examples in the same order for the same number of optimiser steps, probes included, on the
 same linear layers, and ends within the same number of adapter parameters (heads apart). The learning rate of each is
@@ -11,9 +10,9 @@ bootstrapped over examples for the intervals, p-values corrected after Holm over
 printed beside the final ones: a method that starts above the budget says so.
 
 A first line says how many hours one process needs. Every run is kept in FOLDER and made once; one that was broken off
-goes on where it stopped, and `--finished` reports what is there. Several processes can share the work: `--share 1/2`
-runs the first of every two methods and reports nothing. The runs behind the published table are in
-`results/equal_budget`, so `benchmarks/results/equal_budget --finished` makes it again.
+goes on where it stopped, and `--finished` reports what is there. Processes that are given the same folder share the
+work. The runs behind the published table are in `results/equal_budget`, so `benchmarks/results/equal_budget --finished`
+makes it again.
 """
 
 import argparse
@@ -27,13 +26,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import peft
 import torch
-from _equal_budget_table import Outcome, Table, draw, halves, over_all, show
+from _equal_budget_table import Outcome, Table, between, draw, halves, over_all, show
 from _precision import autocast
 from _results import write
+from _shared_work import claimed
 from _smollm2 import smollm2
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerCallback
@@ -71,6 +71,8 @@ SCALING = 2.0
 ORTHOGONALITY = 0.1
 PROBE = 0.2
 """Share of the steps that the probe takes."""
+Work = Literal["none", "unclaimed", "all"]
+"""What is run: nothing, what no other process does, or that and then what others left, waiting for them."""
 PICTURE = Path(__file__).parents[1] / "docs" / "results" / "equal_budget.png"
 
 
@@ -401,6 +403,14 @@ METHODS: dict[str, Method] = {
         lambda run: Shrink(schedule=schedule(run), measure="magnitude", kappa=2.0), kappa=2.0
     ),
 }
+COMPARED = (
+    ("Flowra: shrink by magnitude", "LoRA, all layers"),
+    ("Flowra: shrink by flow", "LoRA, all layers"),
+    ("Flowra: shrink by magnitude", "AdaLoRA, all layers"),
+    ("Flowra: shrink by magnitude", "Flowra: breathe"),
+    ("Flowra: probe, shrink by magnitude", "Flowra: probe, breathe"),
+)
+"""Asked after a look at the first table: one method beside another on the same layers."""
 PLACEMENTS = tuple(name for name in METHODS if name.startswith("LoRA"))
 
 
@@ -430,25 +440,29 @@ def prepared(key: str, folder: Path, rate: float, seed: int) -> Run:
     )
 
 
-def result(key: str, method: str, rate: float, seed: int, folder: Path, *, finished: bool) -> dict[str, Any] | None:
+def result(key: str, method: str, rate: float, seed: int, folder: Path, *, work: Work) -> dict[str, Any] | None:
     """Train and score once; read what is there already."""
     slug = "".join(letter if letter.isalnum() else "-" for letter in method.lower())
     file = folder / f"{key}-{slug}-lr{rate:g}-seed{seed}.json"
-    if not file.exists():
-        if finished:
-            return None
-        run, began = prepared(key, folder, rate, seed), time.perf_counter()
-        content: dict[str, Any] = {"budget": run.budget}
-        try:
-            content["parameters"], content["peak"] = METHODS[method](run)
-            content["losses"], content["scores"] = scored(run)
-        except UserError as error:  # the loss is no longer finite
-            content["error"] = str(error)
-        content["seconds"] = round(time.perf_counter() - began, 1)
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(content), encoding="utf-8")
-        partial.rename(file)
-    return dict(json.loads(file.read_text(encoding="utf-8")))
+    if work != "none" and not file.exists():
+        with claimed(file, wait=work == "all") as mine:
+            if mine:
+                _train(key, method, rate, seed, folder, file)
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+
+
+def _train(key: str, method: str, rate: float, seed: int, folder: Path, file: Path) -> None:
+    run, began = prepared(key, folder, rate, seed), time.perf_counter()
+    content: dict[str, Any] = {"budget": run.budget}
+    try:
+        content["parameters"], content["peak"] = METHODS[method](run)
+        content["losses"], content["scores"] = scored(run)
+    except UserError as error:  # the loss is no longer finite
+        content["error"] = str(error)
+    content["seconds"] = round(time.perf_counter() - began, 1)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(content), encoding="utf-8")
+    partial.rename(file)
 
 
 @torch.inference_mode()
@@ -468,20 +482,22 @@ def scored(run: Run) -> tuple[list[float], list[float]]:
     return per_token, answers or per_token
 
 
-def outcome(key: str, method: str, folder: Path, *, seeds: int, finished: bool) -> Outcome | None:
-    """Choose the rate with seed 0, then run the other seeds at it; None if nothing is there."""
-    tried = {rate: result(key, method, rate, 0, folder, finished=finished) for rate in TASKS[key].rates}
+def outcome(key: str, method: str, folder: Path, *, seeds: int, work: Work) -> Outcome | None:
+    """Choose the rate with seed 0, then run the other seeds at it; None if nothing is there, or not all rates are."""
+    tried = {rate: result(key, method, rate, 0, folder, work=work) for rate in TASKS[key].rates}
+    if work != "none" and None in tried.values():  # another process is at it
+        return None
     good = {rate: halves(each["losses"])[0].mean() for rate, each in tried.items() if each and "losses" in each}
     if not good:
         return None
     rate = min(good, key=lambda each: good[each])
-    runs = [result(key, method, rate, seed, folder, finished=finished) for seed in range(seeds)]
+    runs = [result(key, method, rate, seed, folder, work=work) for seed in range(seeds)]
     return Outcome(rate=rate, runs=[each for each in runs if each and "losses" in each])
 
 
-def table(key: str, folder: Path, *, seeds: int, finished: bool) -> Table | None:
+def table(key: str, folder: Path, *, seeds: int, work: Work) -> Table | None:
     """Run or read every method; None if no placement of LoRA is there."""
-    found = {name: outcome(key, name, folder, seeds=seeds, finished=finished) for name in METHODS}
+    found = {name: outcome(key, name, folder, seeds=seeds, work=work) for name in METHODS}
     methods = {name: each for name, each in found.items() if each is not None}
     present = [name for name in PLACEMENTS if name in methods]
     if not present:
@@ -521,26 +537,23 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--finished", action="store_true", help="report what is there, run nothing")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--share", default="", help="K/N: run the K-th of every N methods, report nothing")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     keys = arguments.tasks.split(",")
-    if arguments.share:
-        share, of = map(int, arguments.share.split("/"))
-        for key in keys:
-            for method in list(METHODS)[share - 1 :: of]:
-                outcome(key, method, arguments.folder, seeds=arguments.seeds, finished=False)
-        return
     if not arguments.finished:
         print(
             f"about {hours(keys, arguments.folder, seeds=arguments.seeds):.1f} hours to go in one process", flush=True
         )
+        for key in keys:
+            table(key, arguments.folder, seeds=arguments.seeds, work="unclaimed")
     rows = []
-    tables = {key: table(key, arguments.folder, seeds=arguments.seeds, finished=arguments.finished) for key in keys}
+    work: Work = "none" if arguments.finished else "all"
+    tables = {key: table(key, arguments.folder, seeds=arguments.seeds, work=work) for key in keys}
     present = [found for found in tables.values() if found is not None]
     for found in present:
         rows += show(found)
+        rows += between(found, COMPARED)
     rows += over_all(present)
     draw(present, PICTURE)
     command = f"python benchmarks/bench_equal_budget.py FOLDER --tasks {arguments.tasks} --seeds {arguments.seeds}"
