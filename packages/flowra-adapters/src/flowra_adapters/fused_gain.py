@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowra_adapters.fused import times_narrow
+
 __all__ = ["fused_update_with_gain"]
 
 
@@ -59,14 +61,14 @@ class _FusedUpdateWithGain(torch.autograd.Function):
         gain: Tensor,
         scaling: float,
     ) -> Tensor:
-        z = F.linear(x, lora_A)
+        z = times_narrow(x.reshape(-1, x.shape[-1]), lora_A.T)
         learns = ctx.needs_input_grad[6]
         y = torch.empty_like(base) if learns else base
         if bias is None:
             torch.mul(base, gain, out=y)
         else:
             torch.addcmul((1 - gain) * bias, base, gain, out=y)
-        y.view(-1, y.shape[-1]).addmm_(z.view(-1, z.shape[-1]), (lora_B * gain.unsqueeze(1)).T, alpha=scaling)
+        y.view(-1, y.shape[-1]).addmm_(z, (lora_B * gain.unsqueeze(1)).T, alpha=scaling)
         if not learns:
             ctx.mark_dirty(base)
         ctx.set_materialize_grads(False)
@@ -80,12 +82,12 @@ class _FusedUpdateWithGain(torch.autograd.Function):
             return (None,) * 8
         x, base, weight, bias, lora_A, lora_B, gain, z = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted: it must see how these depend on x and A
-            z = F.linear(x, lora_A)
+            z = times_narrow(x.reshape(-1, x.shape[-1]), lora_A.T)
             base = None if base is None else F.linear(x, weight, bias)
-        g, z = gradient.reshape(-1, gradient.shape[-1]), z.reshape(-1, z.shape[-1])
+        g = gradient.reshape(-1, gradient.shape[-1])
         column = gain.unsqueeze(1)
         acting_B = ctx.scaling * column * lora_B
-        dz = g @ acting_B
+        dz = times_narrow(g, acting_B)
         dx = dB = dgain = None
         if ctx.needs_input_grad[0]:
             if 2 * weight.numel() < len(g) * sum(weight.shape):
@@ -94,8 +96,7 @@ class _FusedUpdateWithGain(torch.autograd.Function):
                 dx = ((g * gain) @ weight).addmm_(dz, lora_A).view(x.shape)
         dA = dz.T @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[4] else None
         if ctx.needs_input_grad[5] or ctx.needs_input_grad[6]:
-            # (zᵀ g)ᵀ and not gᵀ z: the product of a wide matrix is the faster one by far.
-            sums = (F.pad(z, (0, 1), value=1.0).T @ g).T
+            sums = (torch.cat([z.T, z.new_ones(1, len(z))]) @ g).T
             by_rank = ctx.scaling * sums[:, :-1]
             dB = column * by_rank
             if ctx.needs_input_grad[6]:
