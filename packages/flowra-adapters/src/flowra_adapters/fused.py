@@ -106,16 +106,13 @@ def fused_update(
     if observer is not None:
         z = F.linear(x, lora_A)
         observer(z)
-    y, _ = _FusedUpdate.apply(x, output.detach(), in_rows, lora_A, lora_B, scaling, z)  # type: ignore[no-untyped-call]
+    y = _FusedUpdate.apply(x, output.detach(), in_rows, lora_A, lora_B, scaling, z)  # type: ignore[no-untyped-call]
     assert isinstance(y, Tensor)
     return y
 
 
 class _FusedUpdate(torch.autograd.Function):
-    """z is an output, too, so that a second derivative sees how it depends on x and A; or it is given, and an input.
-
-    The older form with one ``forward``: a separate ``setup_context`` costs a look at the signature on every call.
-    """
+    """The older form with one ``forward``: a separate ``setup_context`` costs a look at the signature on every call."""
 
     @staticmethod
     def forward(
@@ -126,32 +123,34 @@ class _FusedUpdate(torch.autograd.Function):
         lora_A: Tensor,
         lora_B: Tensor,
         scaling: float,
-        given: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        rank = lora_A.shape[0]
-        z = times_narrow(x.reshape(-1, x.shape[-1]), lora_A.T).view(*x.shape[:-1], rank) if given is None else given
-        base.view(-1, base.shape[-1]).addmm_(z.reshape(-1, rank), lora_B.T, alpha=scaling)
+        observed: Tensor | None,
+    ) -> Tensor:
+        if observed is None:
+            z = times_narrow(x.reshape(-1, x.shape[-1]), lora_A.T)
+        else:
+            z = observed.reshape(-1, observed.shape[-1])
+        base.view(-1, base.shape[-1]).addmm_(z, lora_B.T, alpha=scaling)
         ctx.mark_dirty(base)
-        ctx.set_materialize_grads(False)
-        ctx.scaling, ctx.given = scaling, given is not None
-        ctx.save_for_backward(x, weight, lora_A, lora_B, z)
-        return base, z if given is None else None
+        ctx.scaling, ctx.observed = scaling, observed is not None
+        ctx.save_for_backward(x, weight, lora_A, lora_B, z if observed is None else observed)
+        return base
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None, gradient_z: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         x, weight, lora_A, lora_B, z = ctx.saved_tensors
-        if gradient is None:
-            gradient = x.new_zeros(*x.shape[:-1], len(weight))
-        g = gradient.reshape(-1, gradient.shape[-1])
+        of_x, _, _, of_A, of_B, _, _ = ctx.needs_input_grad
+        g, rows = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])
         dz = times_narrow(g, ctx.scaling * lora_B)
-        if gradient_z is not None:
-            dz = dz + gradient_z.reshape(dz.shape)
-        dx = dA = None
-        if ctx.needs_input_grad[0]:
+        dx = dA = dB = None
+        if of_x:
             dx = g @ weight
-            dx = (dx if ctx.given else dx.addmm_(dz, lora_A)).view(x.shape)
-        if ctx.needs_input_grad[3] and not ctx.given:
-            dA = dz.T @ x.reshape(-1, x.shape[-1])
-        # (zᵀ g)ᵀ and not gᵀ z, for the same reason
-        dB = (ctx.scaling * (z.reshape(-1, z.shape[-1]).T @ g)).T if ctx.needs_input_grad[4] else None
-        return dx, None, None, dA, dB, None, dz.view(z.shape) if ctx.given else None
+            dx = (dx if ctx.observed else dx.addmm_(dz, lora_A)).view(x.shape)
+        if of_A and not ctx.observed:
+            dA = dz.T @ rows
+        if of_B:
+            if ctx.observed:
+                z = z.reshape(dz.shape)
+            elif torch.is_grad_enabled():  # a second derivative is wanted: it must see how z depends on x and A
+                z = times_narrow(rows, lora_A.T)
+            dB = (ctx.scaling * (z.T @ g)).T  # and not s gᵀ z, which is the same product with a narrow matrix
+        return dx, None, None, dA, dB, None, dz.view(*x.shape[:-1], -1) if ctx.observed else None
