@@ -31,7 +31,7 @@ from typing import Any, Literal, Protocol
 import peft
 import torch
 from _equal_budget_table import Outcome, Table, between, draw, halves, over_all, show
-from _precision import autocast
+from _precision import fast_dtype
 from _results import write
 from _shared_work import claimed
 from _smollm2 import smollm2
@@ -93,7 +93,7 @@ class Task:
     attention: tuple[str, ...]
     """Patterns of query and value."""
     half: bool = False
-    """Whether it is trained under autocast to bfloat16, where that is faster."""
+    """Whether it is trained under autocast to bfloat16, where that is faster and no run in float32 is there."""
 
 
 TASKS = {
@@ -127,7 +127,7 @@ TASKS = {
         steps=80,
         batch=4,
         budget=0.0005,
-        rates=(1e-3, 2e-3, 4e-3),
+        rates=(2e-3, 4e-3, 8e-3),
         held_out=160,
         attention=("*.q_proj", "*.v_proj"),
         half=True,
@@ -147,6 +147,7 @@ class Run:
     budget: int
     rate: float
     seed: int
+    precision: torch.dtype
     callbacks: list[TrainerCallback] = field(default_factory=list)
 
     @property
@@ -189,7 +190,8 @@ class Run:
 
     def train(self, optimizer: Optimizer, first: int = 0, last: int | None = None, *, model: Any = None) -> None:  # noqa: ANN401
         """Train from one step of the schedule to another."""
-        with autocast() if self.task.half else nullcontext():
+        half = self.precision is torch.bfloat16
+        with torch.autocast("cpu", dtype=self.precision) if half else nullcontext():
             train_phase(
                 self.model if model is None else model,
                 self.setting.train,
@@ -436,8 +438,23 @@ def prepared(key: str, folder: Path, rate: float, seed: int) -> Run:
     costs = {name: sum(model.get_submodule(name).weight.shape) for name in names}
     base = sum(each.numel() for each in model.parameters())
     return Run(
-        task=task, setting=setting, model=model, costs=costs, budget=int(task.budget * base), rate=rate, seed=seed
+        task=task,
+        setting=setting,
+        model=model,
+        costs=costs,
+        budget=int(task.budget * base),
+        rate=rate,
+        seed=seed,
+        precision=precision_of(key, folder),
     )
+
+
+def precision_of(key: str, folder: Path) -> torch.dtype:
+    """Return the one precision of a task's runs: that of the first, on whatever machine it was."""
+    names = {str(each): each for each in (torch.float32, torch.bfloat16)}
+    for file in folder.glob(f"{key}-*.json"):
+        return names[json.loads(file.read_text(encoding="utf-8")).get("precision", str(torch.float32))]
+    return fast_dtype() if TASKS[key].half else torch.float32
 
 
 def result(key: str, method: str, rate: float, seed: int, folder: Path, *, work: Work) -> dict[str, Any] | None:
@@ -453,7 +470,7 @@ def result(key: str, method: str, rate: float, seed: int, folder: Path, *, work:
 
 def _train(key: str, method: str, rate: float, seed: int, folder: Path, file: Path) -> None:
     run, began = prepared(key, folder, rate, seed), time.perf_counter()
-    content: dict[str, Any] = {"budget": run.budget}
+    content: dict[str, Any] = {"budget": run.budget, "precision": str(run.precision)}
     try:
         content["parameters"], content["peak"] = METHODS[method](run)
         content["losses"], content["scores"] = scored(run)
