@@ -1,12 +1,16 @@
 """The one convention for results: see README.md."""
 
 import json
+import platform
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
+
+import torch
 
 __all__ = ["Row", "write"]
 
@@ -47,7 +51,12 @@ def write(name: str, rows: Sequence[Row], *, command: str, part: bool = False) -
     Returns:
         The file.
     """
-    stamp = {"command": command, "versions": _versions(), "date": datetime.now(UTC).date().isoformat()}
+    stamp = {
+        "command": command,
+        "versions": _versions(),
+        "processor": _processor(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
     content = [{**asdict(row), "holds": row.holds, **stamp} for row in rows]
     for row in rows:
         bar = "" if row.limit is None else f"  {row.sense} {row.limit:g}: {'holds' if row.holds else 'MISSED'}"
@@ -61,6 +70,16 @@ def write(name: str, rows: Sequence[Row], *, command: str, part: bool = False) -
         content = [new.pop(each["what"], each) for each in old] + list(new.values())
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def _processor() -> str:
+    """Name the processor and its widest instructions, which decide what is fast."""
+    try:
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    name = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
+    return f"{name[1] if name else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _versions() -> dict[str, str]:

@@ -1,12 +1,13 @@
 """One training step of every adapter method against its frozen lower bound, with PEFT's beside it; latency; memory.
 
-python benchmarks/bench_adapters.py [--rounds N]
+python benchmarks/bench_adapters.py [--rounds N] [--narrow]
 
 Set-up as in ``bench_step.py``: rank 8 on every linear layer, heads out, `model.train()`; a step is forward, backward,
 AdamW and clearing the gradients; the lower bound is the same model frozen. All variants are interleaved in one process;
 a figure is the median over rounds of the ratio within the round. The SVD form is trained with its regulariser, as
 PEFT's AdaLoRA is. Convolutions: a ResNet-18, PEFT's LoRA of rank 8 on every 3 × 3 convolution against Tucker updates
 of the largest rank that costs no more parameters. Latency: MiniLM, 64 tokens, no gradients, ratio to the bare model.
+Narrow products: N × k times k × r as `flowra_adapters.fused.times_narrow` does it, ratio to `@`.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import SimpleNamespace
 
 import peft
@@ -27,6 +29,7 @@ from bench_step import ALPHA, MODELS, RANK, Build, Step, frozen, peak_resident
 from torch import Tensor, nn
 
 import flowra_adapters
+from flowra_adapters.fused import times_narrow
 
 ORTHOGONALITY = 0.5  # PEFT's default weight
 
@@ -242,6 +245,28 @@ def latency_rows(rounds: int) -> list[Row]:
     return rows
 
 
+def narrow_rows(rounds: int) -> list[Row]:
+    """Measure products with few columns against PyTorch's."""
+    rows = []
+    for count, size in ((2048, 384), (512, 1536)):
+        for rank in (2, 8, 16):
+            left, right = torch.randn(count, size), torch.randn(size, rank)
+            steps: dict[str, Step] = {
+                "times_narrow": partial(_often, lambda left=left, right=right: times_narrow(left, right)),
+                "@": partial(_often, lambda left=left, right=right: left @ right),
+            }
+            what = f"{count} × {size} times {size} × {rank}: narrow product, ratio to @"
+            rows.append(
+                Row(what=what, ours=ratio(interleaved(steps, rounds=5 * rounds), "times_narrow", "@"), peer=1.0)
+            )
+    return rows
+
+
+def _often(product: Callable[[], Tensor]) -> None:
+    for _ in range(20):
+        product()
+
+
 def _inference(model: nn.Module, tokens: Tensor) -> Step:
     @torch.no_grad()
     def step() -> None:
@@ -262,13 +287,18 @@ def main() -> None:
     """Measure and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--narrow", action="store_true", help="measure narrow products; the other figures stay")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         _child(*json.loads(arguments.child))
         return
-    rows = [*training_rows(arguments.rounds), *convolution_rows(arguments.rounds), *latency_rows(arguments.rounds)]
-    print(write("adapters", rows, command=f"python benchmarks/bench_adapters.py --rounds {arguments.rounds}"))
+    command = f"python benchmarks/bench_adapters.py --rounds {arguments.rounds}"
+    if arguments.narrow:
+        print(write("adapters", narrow_rows(arguments.rounds), command=f"{command} --narrow", part=True))
+        return
+    measured = (training_rows, convolution_rows, latency_rows, narrow_rows)
+    print(write("adapters", [row for rows in measured for row in rows(arguments.rounds)], command=command))
 
 
 if __name__ == "__main__":
