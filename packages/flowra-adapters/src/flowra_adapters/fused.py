@@ -23,7 +23,7 @@ from flowra_adapters.layers import is_conv1d
 
 __all__ = ["autocast", "can_fuse", "fused_update", "times_narrow"]
 
-NARROW = 32
+NARROW = 12
 """Columns from which on a matrix is not narrow."""
 
 
@@ -63,15 +63,16 @@ def autocast(device: str) -> bool:
 def times_narrow(rows: Tensor, narrow: Tensor) -> Tensor:
     """Multiply a matrix by one of few columns, as (narrowᵀ rowsᵀ)ᵀ.
 
-    BLAS libraries are faster with few rows, each of them contiguous, than with few columns: at rank 8 by about two, with
-    one thread more. From 32 columns on it makes no difference. Measured in ``benchmarks/bench_adapters.py``.
+    Of a product with few columns BLAS libraries make little use; with as few rows, each of them contiguous, it takes
+    about half the time at rank 8. From about 12 columns on, with two threads, that is over. Measured in
+    ``benchmarks/bench_adapters.py``.
 
     Args:
         rows: ``(N, k)``.
         narrow: ``(k, r)``.
 
     Returns:
-        ``(N, r)``, laid out by columns if r is small.
+        ``(N, r)``, laid out by columns if r < 12.
     """
     return rows @ narrow if narrow.shape[1] >= NARROW else (narrow.T.contiguous() @ rows.T).T
 
