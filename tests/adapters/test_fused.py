@@ -24,10 +24,12 @@ LAYERS = {
 KINDS = pytest.mark.parametrize("build", LAYERS.values(), ids=LAYERS)
 
 
-def adapted(build: Layer = LAYERS["linear"], *, dtype: torch.dtype = torch.float64) -> tuple[nn.Sequential, LoRA]:
+def adapted(
+    build: Layer = LAYERS["linear"], *, rank: int = 2, dtype: torch.dtype = torch.float64
+) -> tuple[nn.Sequential, LoRA]:
     with seeded(0):
         model = nn.Sequential(build()).to(dtype)
-    one = attach(model, {"0": 2}, scaling=1.5)["0"]
+    one = attach(model, {"0": rank}, scaling=1.5)["0"]
     assert isinstance(one, LoRA)
     randomise(one)
     return model, one
@@ -77,6 +79,20 @@ def test_values_and_gradients_equal_the_composed_ones(
     assert len(fused_calls) == 1
     for actual, expected in zip(fused, composed, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rank", [1, 11, 12, 16])
+@pytest.mark.parametrize("rows", [9, 45], ids=["added", "folded"])
+def test_factors_on_both_sides_of_narrow_give_the_composed_ones(
+    rank: int, rows: int, fused_calls: list[nn.Module]
+) -> None:
+    model, one = adapted(lambda: nn.Linear(20, 16), rank=rank)
+    x = torch.randn(rows, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    fused = derivatives(model, one, x)
+    _hook_in_front(model, one)
+    for actual, expected in zip(fused, derivatives(model, one, x), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    assert len(fused_calls) == 1
 
 
 @KINDS
@@ -205,12 +221,12 @@ def test_it_steps_aside_where(change: Callable[[nn.Sequential, LoRA], None], fus
 
 
 @KINDS
-@pytest.mark.parametrize("rows", [3, 12])
+@pytest.mark.parametrize("shape", [(), (3,), (12,), (0,), (2, 3)], ids=str)
 def test_an_observer_sees_z_and_its_gradient_in_the_fused_step(
-    build: Layer, rows: int, fused_calls: list[nn.Module]
+    build: Layer, shape: tuple[int, ...], fused_calls: list[nn.Module]
 ) -> None:
     model, one = adapted(build)
-    x, shown, gradients = inputs(rows), [], []
+    x, shown, gradients = inputs(*shape), [], []
 
     def observer(z: Tensor) -> None:
         shown.append(z.detach())

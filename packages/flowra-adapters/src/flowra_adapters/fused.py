@@ -154,4 +154,4 @@ class _FusedUpdate(torch.autograd.Function):
             elif torch.is_grad_enabled():  # a second derivative is wanted: it must see how z depends on x and A
                 z = times_narrow(rows, lora_A.T)
             dB = (ctx.scaling * (z.T @ g)).T  # and not s gᵀ z, which is the same product with a narrow matrix
-        return dx, None, None, dA, dB, None, dz.view(*x.shape[:-1], -1) if ctx.observed else None
+        return dx, None, None, dA, dB, None, dz.view(*x.shape[:-1], dz.shape[1]) if ctx.observed else None
