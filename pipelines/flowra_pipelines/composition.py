@@ -20,7 +20,7 @@ from flowra_compose import (
 )
 from flowra_compose.interference import InterferenceMeter
 from flowra_compose.interference_report import InterferenceReport
-from flowra_compose.module_updates import modules_of
+from flowra_compose.module_updates import Weight, modules_of, takes_part, updated_modules
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.export import adapter_folder
 from flowra_pipelines.merge_rules import DATA_FREE_RULES
@@ -54,8 +54,8 @@ class Merged:
     """In words."""
     state: AdapterState
     """The adapter."""
-    weights: Mapping[str, float]
-    """Of each task that took part."""
+    weights: Mapping[str, Weight]
+    """Of each task that took part, a number or one for each module."""
     parameters: Mapping[str, int]
     """Of each task's own adapter."""
     report: InterferenceReport
@@ -139,7 +139,7 @@ def compose(
     out: Path,
     *,
     names: Sequence[str],
-    weights: Sequence[float],
+    weights: Sequence[Weight],
     rule: str,
     why: str = "as asked for",
     options: MergeOptions | None = None,
@@ -154,7 +154,7 @@ def compose(
         folders: of the adapters.
         out: folder of the result.
         names: of the tasks.
-        weights: one for each.
+        weights: one for each, a number or one by the name of each module that it updates.
         rule: a name in ``flowra_compose.RULES``.
         why: it was taken.
         options: of the rule.
@@ -171,8 +171,8 @@ def compose(
     """
     inputs = [read_adapter(folder, base=base) for folder in folders]
     updates = [one.updates for one in inputs]
-    total = len({name for weight, one in zip(weights, updates, strict=True) if weight for name in one})
-    part = [index for index, weight in enumerate(weights) if weight]
+    total = len(updated_modules(updates, weights))
+    part = [index for index, weight in enumerate(weights) if takes_part(weight)]
     with meter(f"merge: {rule}", total) as progress:
         state = merge_folders(
             folders,

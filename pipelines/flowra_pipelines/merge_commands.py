@@ -1,13 +1,16 @@
 """``flowra merge`` of adapters, and ``flowra statistics``, which some rules need. Imports nothing heavy early."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.merge_rules import rules_text
 from flowra_pipelines.one_stage import quiet, run_one_stage
+
+if TYPE_CHECKING:
+    from flowra_pipelines.learned_weights import LearnWeights
 
 __all__ = ["MERGE", "STATISTICS", "merge", "statistics"]
 
@@ -24,6 +27,7 @@ flowra merge runs/a runs/b --out merged --heads-from runs/a
 flowra merge a/ b/ c/ --data a.csv --data b.csv --data c.csv:premise,hypothesis --report report.html
 flowra merge a/ b/ --statistics a-statistics --statistics b-statistics --budget 'like a/'
 flowra merge a/ b/ --method ties --density 0.2 --weights 1,0.5 --rank 16
+flowra merge a/ b/ --weights learned --data a.csv --data b.csv   # those that make the merged model sure of its answers
 flowra merge my.yaml --set merge.rule=cat
 
 \b
@@ -84,7 +88,16 @@ def merge(
     ] = None,
     weights: Annotated[
         str | None,
-        typer.Option(metavar="W,W,…", help="One for each; by default 1.", show_default=False, rich_help_panel="Rule"),
+        typer.Option(
+            metavar="W,W,…|learned[:task]",
+            help="One for each; by default 1. Or learned on --data: one for each adapter and module, or adapter.",
+            show_default=False,
+            rich_help_panel="Rule",
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of learning weights; by default 500.", show_default=False, rich_help_panel="Rule"),
     ] = None,
     density: Annotated[
         float | None,
@@ -172,11 +185,13 @@ def merge(
     from flowra_pipelines.merge_job import MergeJob
     from flowra_pipelines.merge_shown import show_merge
 
+    learn = _learn(weights, steps)
     job = MergeJob(
         sources=tuple(sources),
         out=out,
         rule=method,
-        weights=_numbers(weights, len(sources)),
+        weights=None if learn else _numbers(weights, len(sources)),
+        learn=learn,
         density=density,
         trim=trim,
         seed=seed,
@@ -229,6 +244,18 @@ def statistics(
     show_statistics(adapter, out, data=data, others=others or [], base=base, settings=settings)
 
 
+def _learn(weights: str | None, steps: int | None) -> "LearnWeights | None":
+    """Read how weights are learned; None if they are not."""
+    if weights not in ("learned", "learned:module", "learned:task"):
+        if steps is not None:
+            raise UserError(f"steps must be left out unless weights are learned, got {steps}. Give --weights learned.")
+        return None
+    from flowra_pipelines.learned_weights import LearnWeights
+
+    per: Literal["module", "task"] = "task" if weights == "learned:task" else "module"
+    return LearnWeights(per=per) if steps is None else LearnWeights(per=per, steps=steps)
+
+
 def _numbers(text: str | None, count: int) -> tuple[float, ...]:
     """Read the weights."""
     if text is None:
@@ -237,7 +264,7 @@ def _numbers(text: str | None, count: int) -> tuple[float, ...]:
         numbers = tuple(float(each) for each in text.split(","))
     except ValueError:
         raise UserError(
-            f"weights must be numbers with commas between, got {text!r}. Example: --weights 1,0.5"
+            f"weights must be numbers with commas between, or learned, got {text!r}. Example: --weights 1,0.5"
         ) from None
     if len(numbers) != count:
         raise UserError(f"weights must be one for each adapter, got {len(numbers)} for {count}")

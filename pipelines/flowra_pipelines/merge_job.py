@@ -17,6 +17,7 @@ from flowra_compose import (
     read_adapter,
 )
 from flowra_compose.merging import check_rule
+from flowra_compose.module_updates import Weight
 from flowra_pipelines.composition import (
     Merged,
     as_user_errors,
@@ -28,12 +29,15 @@ from flowra_pipelines.composition import (
 )
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.export import CONFIGS, adapter_folder
+from flowra_pipelines.learned_weights import LearnWeights, learned_weights
 from flowra_pipelines.sources import resolve
 from flowra_pipelines.statistics_files import read_task_statistics
 from flowra_pipelines.task_statistics import MeasureSettings, data_source, measure_adapter
 
 __all__ = ["MergeJob", "check_out", "reader_of", "run_merge"]
 
+SUMS = ("task_arithmetic", "cat", "truncated_svd")
+"""Rules for learned weights, which are those of a sum. The first is the default."""
 OURS = ("adapter_config.json", "adapter_model.safetensors", "README.md", "interference.json")
 """What an earlier merge may have left in its folder."""
 
@@ -50,6 +54,8 @@ class MergeJob:
     """By default what the statistics allow, see :func:`default_rule`."""
     weights: tuple[float, ...] | None = None
     """One for each; by default 1."""
+    learn: LearnWeights | None = None
+    """Whether the weights are learned on ``data`` instead, and how."""
     density: float | None = None
     trim: Literal["global", "tensor"] | None = None
     seed: int | None = None
@@ -65,7 +71,7 @@ class MergeJob:
     statistics: tuple[Path, ...] = ()
     """Folders, one for each source, or none."""
     data: tuple[str, ...] = ()
-    """Inputs that statistics are measured on, one for each source, or none."""
+    """Inputs that statistics are measured on and weights are learned from, one for each source, or none."""
     examples: int = 128
     batch_size: int = 16
 
@@ -89,7 +95,7 @@ def run_merge(job: MergeJob) -> Merged:
             raise UserError(f"{what} must be one for each adapter, in their order, got {len(given)} for {len(folders)}")
     if job.statistics and job.data:
         raise UserError("statistics and data must not be given together: statistics have been measured already")
-    rule, why = (job.rule, "as asked for") if job.rule else default_rule(statistics=bool(job.statistics or job.data))
+    rule, why = _rule(job)
     with TemporaryDirectory(prefix="flowra-statistics-") as measured, as_user_errors():
         options, drawn = _options(job, rule)
         shaped = any(each is not None for each in (job.rank, job.energy, job.budget))
@@ -121,11 +127,18 @@ def run_merge(job: MergeJob) -> Merged:
             inputs=inputs,
             base_parameters=_size_of(job.base) if job.base and str(job.budget).strip().endswith("%") else None,
         )
+        weights: Sequence[Weight] = job.weights or (1.0,) * len(folders)
+        if job.learn is not None:
+            settings = MeasureSettings(examples=job.examples, batch_size=job.batch_size, seed=drawn)
+            sources = [data_source(data) for data in job.data]
+            weights = learned_weights(
+                folders, inputs, sources, base=job.base, learn=job.learn, settings=settings
+            ).weights
         return compose(
             folders,
             job.out,
             names=names,
-            weights=job.weights or (1.0,) * len(folders),
+            weights=weights,
             rule=rule,
             why=why,
             options=options,
@@ -134,6 +147,24 @@ def run_merge(job: MergeJob) -> Merged:
             heads_from=None if job.heads_from is None else _index_of(job.heads_from, job.sources),
             base=base,
         )
+
+
+def _rule(job: MergeJob) -> tuple[str, str]:
+    """Return the rule, and why in words.
+
+    Raises:
+        UserError: if weights are to be learned, and that cannot be.
+    """
+    if job.learn is None:
+        return (job.rule, "as asked for") if job.rule else default_rule(statistics=bool(job.statistics or job.data))
+    if not job.data:
+        raise UserError("data must be given where weights are learned, got none. Give --data FILE for each adapter.")
+    if job.rule not in (None, *SUMS):
+        raise UserError(
+            f"method must be {', '.join(SUMS[:-1])} or {SUMS[-1]} with learned weights, which are those of a sum,"
+            f" got {job.rule!r}"
+        )
+    return (job.rule, "as asked for") if job.rule else (SUMS[0], "the sum that the weights are learned for")
 
 
 def reader_of(name: str | None, folders: Sequence[Path]) -> Callable[[str], Tensor] | None:

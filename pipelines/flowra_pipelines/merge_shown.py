@@ -1,8 +1,9 @@
 """What ``flowra merge`` and ``flowra statistics`` say when they are done."""
 
 import json
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.text import Text
 
 from flowra_compose import read_adapter
 from flowra_compose.interference_files import write_interference
+from flowra_compose.module_updates import Weight
 from flowra_compose.recommendation import Recommendation, recommend
 from flowra_pipelines.composition import Merged, as_user_errors
 from flowra_pipelines.errors import UserError
@@ -125,7 +127,7 @@ def _content(done: Merged, advice: Recommendation, page: Path | None) -> dict[st
         "tasks": [
             {
                 "name": name,
-                "weight": weight,
+                "weight": dict(weight) if isinstance(weight, Mapping) else weight,
                 "parameters": done.parameters[name],
                 "projection": report.projections.get(name),
                 "predicted_interference": report.predicted.get(name),
@@ -154,9 +156,16 @@ def _table(done: Merged) -> Table:
         table.add_column(heading, justify="right" if heading else "left", overflow="fold")
     for name, weight in done.weights.items():
         share = report.projections.get(name)
-        cells = [f"{weight:g}", f"{done.parameters[name]:,}", "–" if share is None else f"{share:.1%}"]
+        cells = [_shown(weight), f"{done.parameters[name]:,}", "–" if share is None else f"{share:.1%}"]
         if predicted:
             cells.append(f"{report.predicted[name]:.1%}" if name in report.predicted else "–")
         table.add_row(Text(name), *cells)
     table.add_row(Text("merged"), "", f"{done.merged_parameters:,}", "", *([""] if predicted else []), style="bold")
     return table
+
+
+def _shown(weight: Weight) -> str:
+    """Return a weight as it is, or of those by module their mean, least and largest."""
+    if not isinstance(weight, Mapping):
+        return f"{weight:g}"
+    return f"{statistics.fmean(weight.values()):.2f} ({min(weight.values()):.2f} to {max(weight.values()):.2f})"

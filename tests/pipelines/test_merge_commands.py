@@ -1,5 +1,6 @@
 """``flowra merge`` of adapters, and ``flowra statistics``."""
 
+import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -9,11 +10,12 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from flowra_adapters import attach, save_adapter
 from flowra_compose import RULES, read_adapter
 from flowra_compose.interference_files import read_interference
+from flowra_compose.learned_coefficients import prediction_entropy
 from flowra_pipelines.config_sections import MergeConfig
 from flowra_pipelines.merge_rules import MERGE_RULES
 from flowra_pipelines.run_config import load_config
@@ -133,6 +135,57 @@ def test_weights_count(tasks: Path, tmp_path: Path, here: Here) -> None:
     torch.testing.assert_close(merged.delta_weight(), first.delta_weight() - 0.5 * second.delta_weight())
 
 
+@pytest.fixture(scope="module")
+def unsureness(tasks: Path) -> Callable[[Path], float]:
+    """How unsure the base with an update is of both tasks' answers, on the reviews, each with its own head."""
+    model = AutoModelForSequenceClassification.from_pretrained(tasks / "bert", num_labels=2).eval()
+    plain = {name: each.detach().clone() for name, each in model.named_parameters()}
+    tokenizer = AutoTokenizer.from_pretrained(tasks / "bert")
+    texts = [row["text"] for row in csv.DictReader((tasks / "reviews.csv").read_text().splitlines())][:24]
+
+    def entropy(folder: Path) -> float:
+        total = 0.0
+        for head in "ab":
+            changed = dict(plain)
+            for name, update in read_adapter(folder).updates.items():
+                changed[f"{name}.weight"] = plain[f"{name}.weight"] + update.delta_weight()
+            changed |= read_adapter(tasks / head).modules_to_save
+            with torch.no_grad():
+                inputs = dict(tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=128))
+                total += float(prediction_entropy(torch.func.functional_call(model, changed, (), inputs).logits)) / 2
+        return total
+
+    return entropy
+
+
+def test_weights_may_be_learned(tasks: Path, tmp_path: Path, here: Here, unsureness: Callable[[Path], float]) -> None:
+    reviews = tasks / "reviews.csv"
+    shared = ("--heads-from", tasks / "a", "--data", reviews, "--data", reviews, "--examples", "24", "--json")
+    arguments = ("merge", tasks / "a", tasks / "b", *shared, "--weights")
+    code, shown, complaint = here(*arguments, "learned", "--steps", "60", "--out", tmp_path / "learned")
+    assert code == 0, complaint
+    said = json.loads(shown[shown.index("\n{") :])
+    assert (said["rule"], said["why"]) == ("task_arithmetic", "the sum that the weights are learned for")
+    adapters = [read_adapter(tasks / each).updates for each in "ab"]
+    weights = [each["weight"] for each in said["tasks"]]
+    assert [set(each) for each in weights] == [{QUERY, VALUE}, {QUERY, DENSE}]
+    assert len({value for each in weights for value in each.values()}) == 4
+    for name, merged in read_adapter(tmp_path / "learned").updates.items():
+        wanted = sum(
+            weight[name] * adapter[name].delta_weight()
+            for weight, adapter in zip(weights, adapters, strict=True)
+            if name in adapter
+        )
+        torch.testing.assert_close(merged.delta_weight(), wanted)
+    assert here(*arguments, "0.5,0.5", "--method", "cat", "--out", tmp_path / "mean")[0] == 0
+    assert unsureness(tmp_path / "learned") < unsureness(tmp_path / "mean")
+
+    code, shown, _ = here(*arguments, "learned:task", "--steps", "20", "--out", tmp_path / "by-task")
+    assert code == 0
+    said = json.loads(shown[shown.index("\n{") :])
+    assert all(isinstance(each["weight"], float) and each["weight"] != 0.5 for each in said["tasks"])
+
+
 def test_without_statistics_the_rule_is_the_free_one_and_says_so(tasks: Path, tmp_path: Path, here: Here) -> None:
     code, shown, _ = here("merge", tasks / "a", tasks / "b", "--heads-from", tasks / "a", "--out", tmp_path / "out")
     assert code == 0
@@ -228,7 +281,14 @@ def test_an_earlier_result_is_replaced_and_anything_else_is_left(tasks: Path, tm
         (["{a}", "{b}", "--method", "flow"], "statistics must be given for the rule 'flow', got none"),
         (["{a}", "{b}", "--method", "cat"], "Give --heads-from ADAPTER to keep those of one"),
         (["{a}", "{b}", "--weights", "1"], "weights must be one for each adapter, got 1 for 2"),
-        (["{a}", "{b}", "--weights", "1,x"], "weights must be numbers with commas between, got '1,x'"),
+        (["{a}", "{b}", "--weights", "1,x"], "weights must be numbers with commas between, or learned, got '1,x'"),
+        (["{a}", "{b}", "--weights", "learned"], "data must be given where weights are learned, got none"),
+        (["{a}", "{b}", "--weights", "learned:rank"], "weights must be numbers with commas between, or learned, got"),
+        (
+            ["{a}", "{b}", "--weights", "learned", "--method", "ties", "--data", "x", "--data", "x"],
+            "method must be task_arithmetic, cat or truncated_svd with learned weights, which are those of a sum",
+        ),
+        (["{a}", "{b}", "--steps", "9"], "steps must be left out unless weights are learned, got 9"),
         (["{a}", "{b}", "--data", "{a}"], "data must be one for each adapter, in their order, got 1 for 2"),
         (["{a}", "{b}", "--statistics", "{a}", "--statistics", "{b}"], "a folder with task_statistics.json, got"),
         (["{a}", "{b}", "--heads-from", "{c}"], "heads-from must be one of the adapters"),
@@ -247,6 +307,29 @@ def test_a_mistake_is_one_line(arguments: list[str], message: str, tasks: Path, 
     said = refused(here("merge", *given, "--out", out))
     assert message in said
     assert not out.exists()
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_weights_are_learned_where_there_are_classes(outputs: int, tasks: Path, tmp_path: Path, here: Here) -> None:
+    """Three classes beside two are well; a number is not."""
+    model = AutoModelForSequenceClassification.from_pretrained(tasks / "bert", num_labels=outputs)
+    attach(model, {QUERY: 1}, generator=torch.Generator().manual_seed(0))
+    save_adapter(
+        model,
+        tmp_path / "other",
+        modules_to_save=["classifier"],
+        base_model_name_or_path=str(tasks / "bert"),
+        task_type="SEQ_CLS",
+    )
+    reviews = tasks / "reviews.csv"
+    options = ("--weights", "learned", "--steps", "2", "--examples", "8", "--data", reviews, "--data", reviews)
+    for order in ((tmp_path / "other", tasks / "a"), (tasks / "a", tmp_path / "other")):
+        answer = here("merge", *order, *options, "--heads-from", tasks / "a", "--out", tmp_path / "out")
+        if outputs == 1:
+            assert "--weights 1,0.5" in refused(answer)
+            assert not (tmp_path / "out").exists()
+        else:
+            assert answer[0] == 0, answer[2]
 
 
 def test_adapters_of_different_bases_are_refused(tasks: Path, tmp_path: Path, here: Here) -> None:

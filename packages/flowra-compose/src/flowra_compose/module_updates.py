@@ -9,7 +9,7 @@ from torch import Tensor
 from flowra_compose.low_rank import LowRankUpdate
 from flowra_compose.statistics import ModuleStatistics, statistics_at
 
-__all__ = ["ModuleUpdates", "Weight", "check_weights", "modules_of", "updated_modules"]
+__all__ = ["ModuleUpdates", "Weight", "check_weights", "modules_of", "takes_part", "updated_modules"]
 
 Weight = float | Mapping[str, float]
 """Of one task: a number, or one for each module that it updates."""
@@ -123,7 +123,7 @@ def modules_of(
         Each module that a task updates with a weight that is not 0.
     """
     known = statistics or [{} for _ in updates]
-    tasks = [task for task in zip(weights, updates, known, strict=True) if _takes_part(task[0])]
+    tasks = [task for task in zip(weights, updates, known, strict=True) if takes_part(task[0])]
     for name in updated_modules(updates, weights):
         if name in done:
             continue
@@ -134,12 +134,13 @@ def modules_of(
         )
 
 
+def takes_part(weight: Weight) -> bool:
+    """Tell whether a task counts at all: its weight is not 0, at one module at least."""
+    return any(weight.values()) if isinstance(weight, Mapping) else weight != 0
+
+
 def _at(weight: Weight, name: str) -> float:
     return weight[name] if isinstance(weight, Mapping) else weight
-
-
-def _takes_part(weight: Weight) -> bool:
-    return any(weight.values()) if isinstance(weight, Mapping) else weight != 0
 
 
 def _weighted(weight: float, update: LowRankUpdate) -> LowRankUpdate | None:
