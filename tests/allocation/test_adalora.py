@@ -295,9 +295,10 @@ def test_nothing_to_move_is_refused() -> None:
         adalora().check(Snapshot(step=0, layers={}, budget=9, seed=0))
 
 
-def test_more_triplets_at_the_end_than_there_are_are_refused() -> None:
-    with pytest.raises(ValueError, match="target_rank must be at most the 3 triplets that are there, got 4"):
-        adalora(target_rank=4).check(Snapshot(step=0, layers={"a": view(3)}, budget=9, seed=0))
+@pytest.mark.parametrize("target", [3, 4])
+def test_no_fewer_triplets_at_the_end_than_there_are_are_refused(target: int) -> None:
+    with pytest.raises(ValueError, match=f"target_rank must be below the 3 triplets that are there, got {target}"):
+        adalora(target_rank=target).check(Snapshot(step=0, layers={"a": view(3)}, budget=9, seed=0))
 
 
 def test_triplets_that_fit_the_budget_are_refused_before_training() -> None:

@@ -202,6 +202,14 @@ def test_less_than_one_unit_of_what_is_freed_stays_free(
     assert budget - 2 * max(each.cost for each in layers.values()) < after <= budget
 
 
+def test_updates_that_may_not_grow_are_refused_before_training() -> None:
+    policy = Breathe(schedule=RefinementSchedule(start=0, freeze=8, events=2), share=0.5)
+    full, free = view(3, cap=3), view(3, cap=4)
+    policy.check(Snapshot(step=0, layers={"full": full, "free": free}, budget=60, seed=0))
+    with pytest.raises(ValueError, match="caps must leave an update room to grow, got 2 updates, all of their largest"):
+        policy.check(Snapshot(step=0, layers={"full": full, "other": full}, budget=60, seed=0))
+
+
 def test_what_no_module_could_take_up_is_not_taken_away() -> None:
     full, flat = view(3, cap=3), view(3, energy=0.0)
     policy = Breathe(schedule=RefinementSchedule(start=0, freeze=8, events=2), share=0.5)

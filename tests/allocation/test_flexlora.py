@@ -1,7 +1,9 @@
 """FlexLoRA: who loses and who gains, what new directions are, and whole runs in plain PyTorch."""
 
 import copy
+import itertools
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,8 @@ from flowra_allocation import (
     Refiner,
     Snapshot,
 )
-from flowra_allocation.flexlora import exchange
+from flowra_allocation.flexlora import Exchange, can_exchange, exchange
+from flowra_testing.policy_run import PolicyRun
 from flowra_testing.stand_in_triplets import hang_triplets
 from flowra_testing.tiny_models import mlp, seeded
 
@@ -103,6 +106,38 @@ def test_one_more_pair_would_not_fit(event: Any) -> None:  # noqa: ANN401
         assert len(others) < count or rise > event["free"]
 
 
+@given(events(), st.sampled_from(["ranks", "params"]))
+def test_what_no_scores_would_move_is_known_before(event: Any, budget: Any) -> None:  # noqa: ANN401
+    event["moves"] = "both" if budget == "params" else event["moves"]
+    names = sorted(event["scores"])[:4]
+    known = {key: {name: event[key][name] for name in names} for key in ("costs", "ranks", "limits")}
+    known |= {"free": event["free"], "moves": event["moves"], "budget": budget}
+    orders = itertools.permutations(range(len(names)))
+    moved = any(exchange(dict(zip(names, order, strict=True)), directions=1, **known) != Exchange() for order in orders)
+    assert can_exchange(**known) == moved
+
+
+@pytest.mark.parametrize(
+    ("policy", "ranks", "budget", "message"),
+    [
+        (
+            FlexLoRA(schedule=SCHEDULE),
+            {"up": 1, "down": 1},
+            None,
+            "something to exchange, got {1: 2} (updates by rank)",
+        ),
+        (FlexLoRA(schedule=SCHEDULE, moves="prune"), {"up": 1, "down": 0}, None, "must be above rank 1: raise"),
+        (FlexLoRA(schedule=SCHEDULE, moves="expand"), {"up": 2, "down": 2}, None, "and room in the budget for one"),
+        (FlexLoRA(schedule=SCHEDULE, r_max=2), {"up": 2, "down": 2}, 1000, "another below its largest rank to gain"),
+    ],
+)
+def test_ranks_that_cannot_move_are_refused_before_training(
+    policy: FlexLoRA, ranks: Mapping[str, int], budget: int | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        PolicyRun(policy, "triplets", ranks=ranks, budget=budget)
+
+
 @given(events())
 def test_the_order_of_updates_does_not_matter(event: Any) -> None:  # noqa: ANN401
     turned = {key: dict(reversed(each.items())) if isinstance(each, dict) else each for key, each in event.items()}
@@ -161,7 +196,7 @@ def test_pruning_alone_and_expanding_alone() -> None:
 def view_of(values: list[float], *, seed: int = 0, cap: int = 9, lengths: list[float] | None = None) -> LayerView:
     """Orthonormal directions, or some of these lengths."""
     generator = torch.Generator().manual_seed(seed)
-    basis_A, basis_B = (torch.linalg.qr(torch.randn(size, 5, generator=generator)).Q for size in (12, 10))
+    basis_A, basis_B = (torch.linalg.qr(torch.randn(size, 8, generator=generator)).Q for size in (12, 10))
     long = torch.tensor(lengths or [1.0] * len(values))[:, None]
     return LayerView(
         lora_A=long * basis_A.T[: len(values)],
@@ -231,11 +266,11 @@ def test_an_update_at_its_cap_or_at_four_times_the_first_rank_is_passed_over() -
     layers = {"a": view_of([1.0, 1.0], cap=2), "b": view_of([1.0, 0.9]), "c": view_of([1.0, 0.1])}
     assert list(decided(layers).admit) == ["b"]
     policy = FlexLoRA(schedule=ONCE)
-    policy.check(snapshot_of({"a": view_of([1.0]), "b": view_of([1.0])}, step=0))
-    later = {"a": view_of([1.0] * 4), "b": view_of([1.0, 0.9, 0.1])}
+    policy.check(snapshot_of({"a": view_of([1.0, 1.0]), "b": view_of([1.0])}, step=0))
+    later = {"a": view_of([1.0] * 8), "b": view_of([1.0, 0.9, 0.1])}
     assert list(policy.decide(snapshot_of(later)).admit) == ["b"]
-    assert list(decided(later, r_max=5).admit) == ["a"]
-    assert list(decided(later, r_max=3).admit) == []
+    assert list(decided(later, r_max=9).admit) == ["a"]
+    assert list(decided({**later, "c": view_of([1.0, 0.1])}, r_max=3).admit) == ["c"]
 
 
 def test_updates_without_a_score_gain_last_and_one_at_rank_one_stays() -> None:
@@ -303,7 +338,7 @@ def test_the_largest_rank_and_the_sensitivities_survive_a_restart() -> None:
     first, second = (FlexLoRA(schedule=ONCE, metric="sensitivity") for _ in range(2))
     first.check(snapshot_of(layers))
     first.see(layers, gradients)
-    second.check(snapshot_of({"a": view_of([1.0]), "b": view_of([1.0])}))
+    second.check(snapshot_of({"a": view_of([1.0, 1.0, 1.0]), "b": view_of([1.0])}))
     second.restore(first.state())
     assert int(first.state()["r_max"]) == 8
     assert first.decide(snapshot_of(layers)).importance == second.decide(snapshot_of(layers)).importance

@@ -15,6 +15,7 @@ from flowra_allocation import (
     FlexLoRASchedule,
     LayerView,
     NewTriplets,
+    RefinementError,
     Refiner,
     Snapshot,
     rebuilt_optimizer,
@@ -121,7 +122,7 @@ def test_where_all_are_zero_the_same_update_loses_and_gains() -> None:
 def test_a_b_above_the_number_of_updates_is_an_error_at_the_event_and_before_training() -> None:
     golden = Golden("b_too_large")
     assert golden.case["error"] == "RuntimeError: selected index k out of range"
-    with pytest.raises(RuntimeError, match=r"b must be ≤ 2, .* got 3; step 1\. .*selected index k out of range"):
+    with pytest.raises(RefinementError, match=r"b must be ≤ 2, .* got 3; step 1\. .*selected index k out of range"):
         policy_of(3).decide(golden.snapshot())
     with pytest.raises(ValueError, match=r"b must be ≤ 2, the number of updates of rank ≥ 2, got 3; step 0\."):
         golden.refiner()

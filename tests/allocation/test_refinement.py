@@ -428,6 +428,14 @@ def test_a_schedule_that_cannot_fire_is_an_error_before_training_starts(tmp_path
     assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items())
 
 
+@pytest.mark.parametrize("first_step", [4, 5])
+def test_training_that_begins_after_the_first_event_is_an_error_before_it(first_step: int, tmp_path: Path) -> None:
+    run = prepare(tmp_path, first_step=first_step)
+    with pytest.raises(ValueError, match=f"the first event must come after step {first_step}, .* got step 4"):
+        run.trainer.train()
+    assert run.watch.ranks == []
+
+
 def test_steps_of_an_earlier_stage_count(tmp_path: Path) -> None:
     schedule = RefinementSchedule(start=102, freeze=110, events=4, observe=2)
     run = prepare(tmp_path, schedule, first_step=100)

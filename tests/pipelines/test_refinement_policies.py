@@ -23,8 +23,10 @@ from flowra_allocation import (
     Moves,
     Policy,
     RankEvent,
+    RefinementError,
     Refiner,
     Shrink,
+    Snapshot,
     read_plan,
     write_plan,
 )
@@ -279,6 +281,19 @@ def test_a_policy_that_cannot_move_the_plan_is_one_line(calibrated: Path, tmp_pa
     with pytest.raises(UserError, match=r"b must be ≤ \d+, .* \(refinement\.policy flexlora_compat\)") as caught:
         run(config, "refine")
     assert "\n" not in str(caught.value)
+
+
+def test_a_policy_that_cannot_go_on_is_one_line(
+    calibrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stuck(self: Shrink, snapshot: Snapshot) -> Moves:
+        raise RefinementError("no update can lose")
+
+    monkeypatch.setattr(Shrink, "decide", stuck)
+    config = configured(calibrated, tmp_path, POLICIES["shrink by magnitude"])
+    run(config, "allocate", "train")
+    with pytest.raises(UserError, match=r"^no update can lose \(refinement\.policy shrink\)$"):
+        run(config, "refine")
 
 
 # from the configuration to the policy

@@ -8,7 +8,7 @@ from statistics import median
 import torch
 
 from flowra_adapters import attach, compact, load_adapter
-from flowra_allocation import Policy, RankHistory, RankPlan, Refiner, hand_over, read_plan
+from flowra_allocation import Policy, RankHistory, RankPlan, RefinementError, Refiner, hand_over, read_plan
 from flowra_allocation.trainer_callback import RefinementCallback
 from flowra_analysis import read_profile
 from flowra_pipelines import loss_figure
@@ -57,16 +57,19 @@ def refine(config: RunConfig, folder: Path) -> StageResult:
         seed=state.seed,
     )
     frozen = _compacted_at(config, policy)
-    curve = phase(
-        first_step=state.step,
-        last_step=frozen,
-        description=f"refine: {policy.name}" if policy else "refine: off, training on",
-        rng=state.rng,
-        callbacks=[
-            *penalties(config, model),
-            *([RefinementCallback(refiner, first_step=state.step)] if refiner else []),
-        ],
-    )
+    try:
+        curve = phase(
+            first_step=state.step,
+            last_step=frozen,
+            description=f"refine: {policy.name}" if policy else "refine: off, training on",
+            rng=state.rng,
+            callbacks=[
+                *penalties(config, model),
+                *([RefinementCallback(refiner, first_step=state.step)] if refiner else []),
+            ],
+        )
+    except RefinementError as error:
+        raise UserError(f"{error} (refinement.policy {config.refinement.policy})") from None
     if frozen < config.training.steps:
         for slots, tensors in compact(model).values():
             hand_over(optimizer, slots, tensors)

@@ -27,7 +27,7 @@ from flowra_allocation.optimizer_tensors import optimizer_tensors, restore_optim
 from flowra_allocation.peft_layers import PeftLayer, peft_layers
 from flowra_allocation.peft_patterns import PeftPatterns, peft_patterns, plan_for_peft
 from flowra_allocation.planning import allocate
-from flowra_allocation.policy import Keep, LayerView, Moves, NewTriplets, Policy, Rebasing, Snapshot
+from flowra_allocation.policy import Keep, LayerView, Moves, NewTriplets, Policy, Rebasing, RefinementError, Snapshot
 from flowra_allocation.rank_history import RankEvent, RankHistory
 from flowra_allocation.rank_plan import ModulePlan, RankPlan, mean_rank, read_plan, write_plan
 from flowra_allocation.refinement import Refiner
@@ -64,6 +64,7 @@ __all__ = [
     "RankPlan",
     "Rebasing",
     "RefinableLayer",
+    "RefinementError",
     "RefinementSchedule",
     "Refiner",
     "Shrink",

@@ -124,8 +124,8 @@ class AdaLoRA(Policy):
                 )
             return
         total = sum(view.rank for view in snapshot.layers.values())
-        if self.target_rank > total:
-            raise ValueError(f"target_rank must be at most the {total} triplets that are there, got {self.target_rank}")
+        if self.target_rank >= total:
+            raise ValueError(f"target_rank must be below the {total} triplets that are there, got {self.target_rank}")
         costs = sorted((view.cost for view in snapshot.layers.values() for _ in range(view.rank)), reverse=True)
         dearest = sum(costs[: self.target_rank])
         if dearest > snapshot.budget:

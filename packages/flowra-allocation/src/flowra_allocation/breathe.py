@@ -2,8 +2,9 @@
 
 At each event the directions with the smallest flow gain per parameter leave until a share of the budget is free, and
 the free share goes to new directions *on probation*: chosen by the gradient that their module cannot follow, but kept
-only if, trained until a later event, they hold their own against everything else. A predicted gain decides who is
-tried, never who stays. Parameters never exceed the budget, neither finally nor at the peak.
+only if, trained until the next event, they hold their own against everything else. A predicted gain decides who is
+tried, not who stays, but for those of the last event that admits any. Parameters never exceed the budget, neither
+finally nor at the peak.
 """
 
 from collections.abc import Mapping
@@ -31,7 +32,8 @@ class Breathe(Policy):
     watches = "grams and gradients"
 
     schedule: RefinementSchedule
-    """When; the last event only shrinks."""
+    """When. The last event admits nothing, and what came at the one before it stays: without it, its part of the
+    budget would be idle."""
     share: float = 0.1
     """Part of the budget that changes hands at an event, in (0, 1); less where the modules that may grow, by one
     direction each, cannot take so much: what nobody could take up is not taken away."""
@@ -57,6 +59,19 @@ class Breathe(Policy):
     def observe(self) -> int:
         """That of the schedule."""
         return self.schedule.observe
+
+    def check(self, snapshot: Snapshot) -> None:
+        """Refuse, before training, updates that may not grow: what left could go nowhere.
+
+        Raises:
+            ValueError: if there are no updates, or all have their largest rank.
+        """
+        Policy.check(self, snapshot)
+        if all(view.rank >= view.cap for view in snapshot.layers.values()):
+            raise ValueError(
+                f"caps must leave an update room to grow, got {len(snapshot.layers)} updates, all of their largest"
+                " rank. Raise caps, or lower the ranks."
+            )
 
     def decide(self, snapshot: Snapshot) -> Moves:
         """Free a share of the budget, and give it to the modules with the best predictions."""

@@ -15,6 +15,7 @@ the text, and closes what both leave open; :mod:`flowra_allocation.flexlora_comp
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal
@@ -28,7 +29,15 @@ from flowra_allocation.importance import RECONSTRUCTED, SPECTRAL_METRICS, Metric
 from flowra_allocation.policy import LayerView, Moves, Policy, Snapshot
 from flowra_allocation.triplet_sensitivity import TripletSensitivity
 
-__all__ = ["Exchange", "FlexLoRA", "exchange"]
+__all__ = ["Exchange", "FlexLoRA", "can_exchange", "exchange"]
+
+
+_DOES = {"both": "exchange", "prune": "prune", "expand": "expand"}
+_REMEDY = {
+    "both": "One above rank 1 must be there to lose, and another below its largest rank to gain: raise the budget.",
+    "prune": "An update must be above rank 1: raise the budget.",
+    "expand": "An update below its largest rank must be there, and room in the budget for one more of its directions.",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +101,7 @@ class FlexLoRA(Policy):
         """Start anew with these updates.
 
         Raises:
-            ValueError: if one is not of triplets, or there are too few to move rank between.
+            ValueError: if one is not of triplets, or, whatever the scores, nothing could move at the first event.
         """
         Policy.check(self, snapshot)
         check_triplets(snapshot)
@@ -100,7 +109,20 @@ class FlexLoRA(Policy):
             raise ValueError(f"layers must hold two updates to move rank between, got {sorted(snapshot.layers)}")
         self._start.clear()
         self._sensitivity.restore({})
-        self._limit(snapshot)
+        views = snapshot.layers.items()
+        if not can_exchange(
+            {name: view.cost for name, view in views},
+            ranks={name: view.rank for name, view in views},
+            limits={name: min(view.cap, self._limit(snapshot)) for name, view in views},
+            free=snapshot.budget - snapshot.parameters,
+            moves=self.moves,
+            budget=self.budget,
+        ):
+            ranks = dict(sorted(Counter(view.rank for _, view in views).items()))
+            raise ValueError(
+                f"ranks must leave flexlora something to {_DOES[self.moves]}, got {ranks} (updates by rank),"
+                f" {snapshot.parameters} parameters of {snapshot.budget}. {_REMEDY[self.moves]}"
+            )
 
     def see(self, layers: Mapping[str, LayerView], gradients: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take in the sensitivity of a step."""
@@ -242,6 +264,30 @@ def exchange(
         if paired and rise <= (free if budget == "ranks" else 0):
             return Exchange(prune=tuple(prune), expand=tuple(expand))
     return Exchange()
+
+
+def can_exchange(
+    costs: Mapping[str, int],
+    *,
+    ranks: Mapping[str, int],
+    limits: Mapping[str, int],
+    free: int,
+    moves: Literal["both", "prune", "expand"] = "both",
+    budget: Literal["ranks", "params"] = "ranks",
+) -> bool:
+    """Tell whether there are scores with which :func:`exchange` of these updates moves a direction."""
+    losing = {name: costs[name] for name, rank in ranks.items() if rank > 1}
+    growing = {name: costs[name] for name, rank in ranks.items() if rank < limits[name]}
+    if moves == "prune":
+        return bool(losing)
+    if moves == "expand":
+        return any(cost <= free for cost in growing.values())
+    for name, cost in growing.items():
+        others = [other for loser, other in losing.items() if loser != name]
+        freed = max(others, default=-math.inf) + free if budget == "ranks" else sum(others)
+        if cost <= freed:
+            return True
+    return False
 
 
 def _paying(growth: int, losers: Sequence[str], costs: Mapping[str, int]) -> list[str]:

@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from flowra_allocation.flexlora import check_triplets
 from flowra_allocation.flexlora_schedule import FlexLoRASchedule
-from flowra_allocation.policy import LayerView, Moves, NewTriplets, Policy, Snapshot
+from flowra_allocation.policy import LayerView, Moves, NewTriplets, Policy, RefinementError, Snapshot
 
 __all__ = ["FlexLoRACompat", "rebuilt_optimizer", "released_entropy"]
 
@@ -77,13 +77,13 @@ class FlexLoRACompat(Policy):
             The moves.
 
         Raises:
-            RuntimeError: if b is larger than the number of updates that can lose.
-            ValueError: if an update would exceed its largest rank.
+            RefinementError: if b is larger than the number of updates that can lose, or an update would exceed its
+                largest rank.
         """
         names, prunable = list(snapshot.layers), _prunable(snapshot)
         directions = self.schedule.directions(snapshot.step)
         if directions > len(prunable):
-            raise RuntimeError(_too_many(directions, snapshot))
+            raise RefinementError(_too_many(directions, snapshot))
         scores = {name: released_entropy(_singular_values(view)) for name, view in snapshot.layers.items()}
         lowest = torch.topk(torch.tensor([scores[name] for name in prunable]), directions, largest=False).indices
         highest = torch.topk(torch.tensor(list(scores.values())), directions, largest=True).indices
@@ -91,7 +91,7 @@ class FlexLoRACompat(Policy):
         expand = [names[index] for index in highest.tolist()]
         full = [name for name in expand if snapshot.layers[name].rank - (name in prune) >= snapshot.layers[name].cap]
         if full:
-            raise ValueError(
+            raise RefinementError(
                 f"caps must leave room for what the released code adds, got {full} at theirs. Raise them, or use"
                 " flexlora, which passes such updates over."
             )

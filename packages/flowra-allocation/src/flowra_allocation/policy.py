@@ -14,7 +14,21 @@ from torch import Tensor
 
 from flowra_allocation.bottleneck_gram import BottleneckGram
 
-__all__ = ["Keep", "LayerView", "Moves", "NewTriplets", "Policy", "Rebasing", "Snapshot", "event_generator"]
+__all__ = [
+    "Keep",
+    "LayerView",
+    "Moves",
+    "NewTriplets",
+    "Policy",
+    "Rebasing",
+    "RefinementError",
+    "Snapshot",
+    "event_generator",
+]
+
+
+class RefinementError(ValueError):
+    """Refinement cannot go on, or did not do what it was asked for: a schedule that was not followed, or no move."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -20,7 +20,16 @@ from flowra_allocation.forms import AnyLayer, changed_together, directions_of, f
 from flowra_allocation.growth import leading_directions
 from flowra_allocation.observe import BottleneckObserver, check_growable
 from flowra_allocation.optimizer_state import held_by
-from flowra_allocation.policy import LayerView, Moves, NewTriplets, Policy, Rebasing, Snapshot, event_generator
+from flowra_allocation.policy import (
+    LayerView,
+    Moves,
+    NewTriplets,
+    Policy,
+    Rebasing,
+    RefinementError,
+    Snapshot,
+    event_generator,
+)
 from flowra_allocation.processes import added_up, decided_once, of_each, rank_and_size, several
 from flowra_allocation.rank_history import RankEvent, RankHistory
 from flowra_allocation.refinement_files import read_refinement_state, write_refinement_state
@@ -109,6 +118,11 @@ class Refiner:
         return self._held == len(self._policy.steps)
 
     @property
+    def next_event(self) -> int | None:
+        """Finished optimiser steps after which the next event is due; None if ranks are frozen."""
+        return None if self.frozen else self._policy.steps[self._held]
+
+    @property
     def layers(self) -> Mapping[str, AnyLayer]:
         """Module name to the update that is moved."""
         return self._layers
@@ -194,8 +208,9 @@ class Refiner:
             The event, or None.
 
         Raises:
-            ValueError: if an event is due but nothing was watched before it, one was due and was not held, or the
-                optimiser was built before the ranks were restored.
+            ValueError: if an event is due but nothing was watched before it, or the optimiser was built before the
+                ranks were restored.
+            RefinementError: if one was due and was not held, or the policy cannot go on.
         """
         self._step = step
         if self._unseen and optimizer is not None:
@@ -204,7 +219,7 @@ class Refiner:
         if self.frozen or step < self._policy.steps[self._held]:
             return None
         if step > self._policy.steps[self._held]:
-            raise ValueError(
+            raise RefinementError(
                 f"refinement must hold its event at step {self._policy.steps[self._held]}, got step {step}."
                 " Call after_step after each step, and restore the refinement's state when training is resumed."
             )
@@ -278,16 +293,16 @@ class Refiner:
             The history.
 
         Raises:
-            ValueError: if an event is missing or no rank ever moved.
+            RefinementError: if an event is missing or no rank ever moved.
         """
         self._stop_watching()  # training may have stopped while it was watching
         if not self.frozen:
             happened = self._policy.steps[: self._held]
-            raise ValueError(
+            raise RefinementError(
                 f"refinement must fire at steps {self._policy.steps}, got {happened}. Train to the freeze."
             )
         if not any(event.dropped or event.admitted for event in self.history.events):
-            raise ValueError(
+            raise RefinementError(
                 "refinement must move rank, got no move in any event. Raise what it may move, or switch it off."
             )
         return self.history

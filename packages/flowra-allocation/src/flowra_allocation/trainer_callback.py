@@ -41,9 +41,9 @@ class RefinementCallback(TrainerCallback):
             from there, also when it resumes.
 
     Raises:
-        ValueError: at the beginning, if training stops before the schedule freezes, does not train the refiner's
-            layers, is at another step than the refiner, or will exchange the model for its best checkpoint at the end;
-            at the end, if the schedule did not fire.
+        ValueError: at the beginning, if training stops before the schedule freezes, begins after its first event, does
+            not train the refiner's layers, is at another step than the refiner, or will exchange the model for its best
+            checkpoint at the end; at the end, if the schedule did not fire.
     """
 
     def __init__(self, refiner: Refiner, *, first_step: int = 0) -> None:
@@ -80,6 +80,9 @@ class RefinementCallback(TrainerCallback):
         now, known = self._first_step + state.global_step, self._refiner.step
         if known != now and (known is not None or state.global_step > 0):
             raise ValueError(f"refinement must be where training is, at step {now}, got step {known or 0}. {RESUME}")
+        event = self._refiner.next_event
+        if event is not None and event <= now:
+            raise ValueError(f"the first event must come after step {now}, where training begins, got step {event}")
         if args.load_best_model_at_end:
             raise ValueError(
                 "load_best_model_at_end must be False, for an earlier checkpoint has other ranks. After training, take"
