@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from peft.optimizers.lorafa import LoraFAOptimizer
+from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor, nn
 
 from flowra_allocation import (
@@ -23,6 +24,7 @@ from flowra_allocation import (
     Refiner,
     Shrink,
     optimizer_tensors,
+    refinement_files,
     restore_optimizer,
 )
 from flowra_allocation.refinement_files import FILES, read_refinement_state
@@ -412,14 +414,57 @@ def test_the_newest_checkpoint_with_a_whole_state_is_found(tmp_path: Path) -> No
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 
+def test_what_would_not_be_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = saved(tmp_path / "one")
+    size = (tmp_path / "one" / FILES[1]).stat().st_size
+    monkeypatch.setattr(refinement_files, "MAX_JSON_BYTES", size)
+    run.refiner.save(tmp_path / "two")
+    read_refinement_state(tmp_path / "two")
+    monkeypatch.setattr(refinement_files, "MAX_JSON_BYTES", size - 1)
+    with pytest.raises(ValueError, match=f"at most {size - 1} bytes, .* got {size} after 1 events. Let rank move less"):
+        run.refiner.save(tmp_path / "three")
+    assert not list((tmp_path / "three").iterdir())
+    with pytest.raises(ValueError, match=f"at most {size - 1} bytes are read, got {size}"):
+        read_refinement_state(tmp_path / "two")
+
+
+def test_adalora_lets_go_of_what_it_has_seen_when_ranks_are_frozen() -> None:
+    run = PolicyRun(POLICIES["adalora"](), "triplets")
+    for _ in range(10):
+        assert not run.refiner.frozen
+        run.step()
+        assert bool(run.refiner.policy.state()) == (not run.refiner.frozen)
+    assert run.refiner.frozen
+
+
 # The optimiser by name.
 
 
-def test_an_optimiser_goes_on_from_its_tensors() -> None:
+def lora_fa(model: nn.Module) -> torch.optim.Optimizer:
+    for name, each in model.named_parameters():
+        each.requires_grad_("lora_A" not in name)
+    held = {name: each for name, each in model.named_parameters() if "lora" in name and each.numel()}
+    named = {"params": list(held.values()), "names": list(held), "scaling_factors": [2.0] * len(held)}
+    return LoraFAOptimizer([{**named, "lr": 0.1}])
+
+
+OPTIMISERS: Mapping[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "SGD": lambda model: torch.optim.SGD(trained(model), lr=0.1, momentum=0.9),
+    "AdamW, the rate a tensor": lambda model: torch.optim.AdamW(trained(model), lr=torch.tensor(0.1), foreach=False),
+    "LoRA-FA": lora_fa,
+}
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [each for each in model.parameters() if each.requires_grad]
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_an_optimiser_goes_on_from_its_tensors(name: str) -> None:
     def built() -> tuple[nn.Module, torch.optim.Optimizer]:
         model = mlp()
         hang(model, {"up": 2, "skip": 0})
-        return model, torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.1, momentum=0.9)
+        return model, OPTIMISERS[name](model)
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
@@ -428,9 +473,11 @@ def test_an_optimiser_goes_on_from_its_tensors() -> None:
 
     model, optimizer = built()
     step(model, optimizer)
-    optimizer.param_groups[0]["lr"] = 0.05
-    tensors = optimizer_tensors(model, optimizer)
-    assert tensors.keys() >= {"group/0/lr", "state/momentum_buffer/up.stand_in.lora_A"}
+    rate = optimizer.param_groups[0]["lr"]
+    optimizer.param_groups[0]["lr"] = rate.mul_(0.5) if isinstance(rate, Tensor) else 0.05
+    tensors = load(save(optimizer_tensors(model, optimizer)))
+    key = {"SGD": "momentum_buffer", "LoRA-FA": "exp_avg_sq_B"}.get(name, "exp_avg_sq")
+    assert tensors.keys() >= {"group/0/lr", f"state/{key}/up.stand_in.lora_B"}
     other, again = built()
     other.load_state_dict(model.state_dict())
     restore_optimizer(other, again, tensors)

@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load, save, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,6 +32,8 @@ from flowra_allocation import (
     grow,
     hand_over,
     keep,
+    optimizer_tensors,
+    restore_optimizer,
 )
 from flowra_allocation.sharding import whole
 
@@ -138,7 +140,19 @@ def run(policy: str, parallel: Parallel, *, compacted: bool = False, rank: int =
             called = wrapped(network, parallel) if parallel != "fsdp" else network
     history = refiner.finish().as_json()
     del history["seconds"]
+    if parallel == "fsdp":
+        optimizer = restarted(network, optimizer)
     return ended(network, optimizer, history)
+
+
+def restarted(network: Network, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return another optimiser that goes on from what this one would write to a file."""
+    tensors = load(save(optimizer_tensors(network, optimizer)))
+    again = torch.optim.AdamW([each for each in network.parameters() if each.requires_grad], lr=0.02)
+    restore_optimizer(network, again, tensors)
+    for parameter, state in optimizer.state.items():
+        assert all(type(again.state[parameter][key]) is type(value) for key, value in state.items())
+    return again
 
 
 def compacted_network(network: Network, optimizer: torch.optim.Optimizer, parallel: Parallel) -> Network:

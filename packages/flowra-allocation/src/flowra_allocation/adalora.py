@@ -193,6 +193,11 @@ class AdaLoRA(Policy):
         modules = zip(names, gone.split(ranks.tolist()), strict=True)
         return {name: tuple(each.nonzero().flatten().tolist()) for name, each in modules if each.any()}
 
+    def moved(self, moves: Moves) -> None:
+        """Let go of what was seen, once triplets have been dropped: nothing is decided any more."""
+        if moves.keep:
+            self._sensitivity.restore({})
+
     def state(self) -> dict[str, Tensor]:
         """Return the smoothed sensitivities and uncertainties."""
         return self._sensitivity.state()

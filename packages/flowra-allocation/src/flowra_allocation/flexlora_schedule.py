@@ -8,6 +8,7 @@ throughout, ``decay="constant"`` here.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 __all__ = ["FlexLoRASchedule"]
@@ -48,8 +49,7 @@ class FlexLoRASchedule:
     @property
     def steps(self) -> tuple[int, ...]:
         """Steps after which an event happens: those of the interval, after warmup and before T − final, with b ≥ 1."""
-        every = range(self.warmup + self.interval, self.total_steps - self.final, self.interval)
-        return tuple(step for step in every if self.directions(step) > 0)
+        return _steps(self)
 
     def directions(self, step: int) -> int:
         """Return b at a step; with ``decay="constant"`` b0 at every step."""
@@ -58,3 +58,9 @@ class FlexLoRASchedule:
         span = self.total_steps - self.final - self.warmup
         progress = min(max((step - self.warmup) / span, 0.0), 1.0)
         return round(self.b0 - self.b0 * progress**3)
+
+
+@lru_cache(maxsize=16)  # a refiner asks before and after each step
+def _steps(schedule: FlexLoRASchedule) -> tuple[int, ...]:
+    every = range(schedule.warmup + schedule.interval, schedule.total_steps - schedule.final, schedule.interval)
+    return tuple(step for step in every if schedule.directions(step) > 0)

@@ -28,7 +28,7 @@ from flowra_allocation.quantised_moments import (
 )
 from flowra_allocation.sharding import sharded_like, whole
 
-__all__ = ["adopt", "carry_over", "check_optimizer", "held_by", "release"]
+__all__ = ["adopt", "carry_over", "check_optimizer", "held_by", "release", "state_keys"]
 
 KNOWN = ("Adam", "AdamW", "NAdam", "RAdam", "SGD", "Muon", "Adafactor", "LoraFAOptimizer")
 MOMENTS: Mapping[str, Callable[[Change, Tensor], Tensor]] = MappingProxyType({
@@ -180,6 +180,15 @@ def _place(optimizer: Optimizer, parameter: nn.Parameter) -> tuple[int, int] | N
             if held is parameter:
                 return number, index
     return None
+
+
+def state_keys(optimizer: Optimizer) -> dict[nn.Parameter, Any]:
+    """Return what the optimiser has each parameter's state under: itself, or for LoRA-FA's the name of a layer."""
+    return {
+        parameter: _key(optimizer, parameter, (number, index))
+        for number, group in enumerate(optimizer.param_groups)
+        for index, parameter in enumerate(group["params"])
+    }
 
 
 def _key(optimizer: Optimizer, parameter: nn.Parameter, place: tuple[int, int]) -> Any:  # noqa: ANN401 - see Returns

@@ -10,15 +10,26 @@ name                               tensor
 ``count/<key>/<parameter name>``   what is remembered as a number, 0-d
 ``group/<index>/<key>``            a number of a parameter group, such as ``lr``, 0-d
 =================================  ====================================================
+
+What LoRA-FA's optimiser of PEFT remembers by the name of a layer has the name of its B. Of sharded parameters
+(``fully_shard``) the tensors are whole; call both functions on all processes then.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from flowra_allocation.optimizer_state import state_keys
+from flowra_allocation.sharding import sharded_like, whole
+from flowra_allocation.wrapping import reshard
+
 __all__ = ["optimizer_tensors", "restore_optimizer"]
+
+OF_EVERY_ENTRY = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "exp_avg_B", "exp_avg_sq_B"}
+"""What has the shape of its parameter."""
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -35,18 +46,22 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
         ValueError: if the optimiser holds a parameter that the model does not have.
         TypeError: if something that is remembered is neither a tensor nor a number.
     """
+    reshard(model)
     tensors = {}
-    for parameter, state in optimizer.state.items():
-        name = _name(model, parameter)
+    owners = {key: parameter for parameter, key in state_keys(optimizer).items()}
+    for owner, state in optimizer.state.items():
+        name = _name(model, owners.get(owner, owner))
         for key, value in state.items():
             if isinstance(value, Tensor):
-                tensors[f"state/{key}/{name}"] = value.detach().to("cpu", copy=True).contiguous()
+                tensors[f"state/{key}/{name}"] = whole(value.detach()).to("cpu", copy=True).contiguous()
             elif value is not None:
                 tensors[f"count/{key}/{name}"] = _number(value, key)
     for index, group in enumerate(optimizer.param_groups):
         for key, value in group.items():
             if type(value) in {int, float}:
                 tensors[f"group/{index}/{key}"] = _number(value, key)
+            elif isinstance(value, Tensor) and value.ndim == 0:
+                tensors[f"group/{index}/{key}"] = value.detach().to("cpu", copy=True)
     return tensors
 
 
@@ -61,9 +76,11 @@ def restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: Mapping[s
     Raises:
         ValueError: if a tensor has no place; nothing is changed then.
     """
+    reshard(model)
     parameters = dict(model.named_parameters())
     groups = {id(each): group for group in optimizer.param_groups for each in group["params"]}
-    states: dict[Tensor, dict[str, object]] = {}
+    keys = state_keys(optimizer)
+    states: dict[Any, dict[str, object]] = {}
     numbers: list[tuple[int, str, float]] = []
     for full_name, value in tensors.items():
         kind, _, rest = full_name.partition("/")
@@ -77,27 +94,34 @@ def restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: Mapping[s
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(f"tensors must be finite, got NaN or infinity in {full_name!r}")
         if kind == "count":
-            states.setdefault(parameter, {})[key] = value.item()
+            states.setdefault(keys[parameter], {})[key] = value.item()
             continue
-        if value.shape != parameter.shape and key in {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}:
+        if value.shape != parameter.shape and key in OF_EVERY_ENTRY:
             raise ValueError(
                 f"tensors must fit their parameters, got {tuple(value.shape)} for {tuple(parameter.shape)} in"
                 f" {full_name!r}. Restore the refinement before the optimizer."
             )
         group = groups[id(parameter)]
         on_cpu = key == "step" and not (group.get("capturable") or group.get("fused"))  # as load_state_dict has it
-        states.setdefault(parameter, {})[key] = value.to("cpu" if on_cpu else parameter.device, copy=True)
+        placed = value.to("cpu" if on_cpu else parameter.device, copy=True)
+        placed = sharded_like(placed, parameter) if value.shape == parameter.shape else placed
+        states.setdefault(keys[parameter], {})[key] = placed
     optimizer.state.clear()
     optimizer.state.update(states)
     for index, key, number in numbers:
-        optimizer.param_groups[index][key] = number
+        held = optimizer.param_groups[index].get(key)
+        if isinstance(held, Tensor):
+            held.fill_(number)
+        else:
+            optimizer.param_groups[index][key] = number
 
 
-def _name(model: nn.Module, parameter: Tensor) -> str:
+def _name(model: nn.Module, parameter: Tensor | str) -> str:
     for name, each in model.named_parameters():
         if each is parameter:
             return name
-    raise ValueError(f"optimizer must hold parameters of the model, got another of shape {tuple(parameter.shape)}")
+    got = parameter if isinstance(parameter, str) else f"of shape {tuple(parameter.shape)}"
+    raise ValueError(f"optimizer must hold parameters of the model, got another {got}")
 
 
 def _number(value: object, key: str) -> Tensor:

@@ -22,11 +22,16 @@ __all__ = ["FILES", "read_refinement_state", "write_refinement_state"]
 
 FILES = ("refinement_state.safetensors", "refinement_state.json")
 """In the order in which they come to be: where the second is, the state is whole."""
-MAX_JSON_BYTES = 64 * 2**20
+MAX_JSON_BYTES = 256 * 2**20
+"""What is read at most, and so written at most: about 20,000 events of 224 modules."""
 
 
 def write_refinement_state(state: RefinementState, folder: str | Path) -> None:
-    """Write ``refinement_state.safetensors`` and ``refinement_state.json``, both or none; equal states, equal bytes."""
+    """Write ``refinement_state.safetensors`` and ``refinement_state.json``, both or none; equal states, equal bytes.
+
+    Raises:
+        ValueError: if the history of events is longer than what would be read again.
+    """
     history = state.history.as_json()
     del history["seconds"]  # files of a run do not depend on the machine's speed
     content: dict[str, Any] = {
@@ -44,7 +49,13 @@ def write_refinement_state(state: RefinementState, folder: str | Path) -> None:
     with replacing(*paths) as (tensors_file, json_file):
         safetensors.torch.save_file(dict(sorted(tensors.items())), tensors_file)
         content["sha256"] = _sha256(tensors_file)
-        json_file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        text = json.dumps(content, allow_nan=False, separators=(",", ":")) + "\n"
+        if len(text.encode()) > MAX_JSON_BYTES:
+            raise ValueError(
+                f"refinement state must be at most {MAX_JSON_BYTES} bytes, so that it can be read again, got"
+                f" {len(text.encode())} after {len(state.history.events)} events. Let rank move less often."
+            )
+        json_file.write_text(text, encoding="utf-8")
 
 
 def _tensors(state: RefinementState) -> dict[str, Tensor]:
