@@ -250,8 +250,8 @@ class RefinementConfig(Section):
     r_max: Annotated[int, Field(ge=1)] | None = None
     """Largest rank of a module, by default four times the largest at the start; for ``flexlora`` that expands."""
     optimizer_reset: bool = False
-    """Whether optimisers forget what they know of the modules that moved, as the published code does where its guard
-    lets it; for ``flexlora_compat``."""
+    """Whether optimisers forget, at each event, all that they know, as the published code does where its guard lets it;
+    for ``flexlora_compat``."""
     metric: Literal["entropy", "nuclear", "frobenius", "sensitivity", "elem_energy", "mat_energy"] = "entropy"
     """What modules are compared by; for ``flexlora``."""
     moves: Literal["both", "prune", "expand"] = "both"

@@ -1,6 +1,7 @@
 """``flowra plan``: what a plan says, what differs between two, and what it would be. Imports nothing heavy early."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -90,7 +91,10 @@ def what_if(
     ],
     budget: Annotated[
         str | None,
-        typer.Option(help="0.1%, 300k, 2MB, 'like r=8 on q,v', 'same as PATH'; by default the present one."),
+        typer.Option(
+            help="Of the run, as in its configuration: 0.1%, 300k, 2MB, 'like r=8 on q,v', 'same as PATH'; by default"
+            " the present one."
+        ),
     ] = None,
     cap: Annotated[
         list[str] | None, typer.Option(metavar="[NAMES=]RANK", help="Largest rank, of all or of some. Repeatable.")
@@ -110,8 +114,9 @@ def what_if(
         ),
     ] = None,
     solver: Annotated[
-        str, typer.Option(help="greedy, or exact: the optimum, greedy is short of by a unit.")
-    ] = "greedy",
+        str | None,
+        typer.Option(help="greedy (by default), or exact: the optimum, greedy is short of by a unit."),
+    ] = None,
     threshold: Annotated[
         float | None, typer.Option(help="η: modules with ψ below it get no rank. 0 switches it off.")
     ] = None,
@@ -123,7 +128,7 @@ def what_if(
         str | None,
         typer.Option(help="Look at no gains: uniform, random, or one rank on q,v, attention, mlp or all."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of --static uniform and random.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of --static uniform and random; by default 0.")] = None,
     write: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write it: a folder, or a path that ends in plan.json.", show_default=False),
@@ -178,6 +183,7 @@ def plan_content(plan: "RankPlan") -> dict[str, Any]:
         }
     return {
         "budget": plan.budget,
+        "final_budget": plan.final_budget,
         "parameters": plan.parameters,
         "gain": _gain(plan),
         "last_in": plan.last_in,
@@ -203,6 +209,7 @@ def plan_difference(first: "RankPlan", second: "RankPlan") -> dict[str, Any]:
         **values,
         "only_in_first": [name for name in one if name not in other],
         "only_in_second": [name for name in other if name not in one],
+        "kinds": {name: (one[name].kind, other[name].kind) for name in shared if one[name].kind != other[name].kind},
         "other_gains": [name for name in shared if one[name].gains != other[name].gains],
         "moved_parameters": sum(max(0, other[name].used - one[name].used) for name in shared),
         "ranks": {name: (one[name].rank, other[name].rank) for name in shared if one[name].rank != other[name].rank},
@@ -271,6 +278,8 @@ def _summary(plan: "RankPlan") -> list[str]:
         f" modules have rank, the largest {max(plan.ranks.values())}",
         f"planned gain {_gain(plan):.4g}; s = {plan.scaling:g}; η = {plan.sensitivity_threshold:g}",
     ]
+    if plan.final_budget is not None:
+        lines.insert(1, f"refinement starts from there, and ends within {plan.final_budget:,} parameters")
     for what, edge in (("last in", plan.last_in), ("first out", plan.first_out)):
         if edge is not None:
             lines.append(f"{what}: {printable(edge[0])}, worth {edge[1]:.3g} per parameter")
@@ -322,6 +331,8 @@ def _print_difference(first: "RankPlan", second: "RankPlan", every: bool) -> Non
         if names:
             listed = ", ".join(printable(name) for name in names[:8])
             console.print(Text(f"Modules only in {label}: {listed}{' …' if len(names) > 8 else ''}"))
+    for kinds, number in Counter(found["kinds"].values()).items():
+        console.print(f"Kind: {kinds[0]} in A, {kinds[1]} in B; {number} modules.", markup=False)
     if found["other_gains"]:
         console.print(Text("Warning: gains differ, so the plans rest on different measurements.", "yellow"))
     shared = [name for name in first.modules if name in second.modules]

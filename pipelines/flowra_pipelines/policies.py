@@ -63,6 +63,7 @@ def largest_ranks(
     layers: Mapping[str, LoRA | SVDForm],
     *,
     caps: int | Mapping[str, int] | None = None,
+    bounded: bool = True,
 ) -> dict[str, int]:
     """Say how far each module's rank may grow: to eight mean ranks of the budget, as far as its tensors allow.
 
@@ -71,11 +72,13 @@ def largest_ranks(
         budget: P.
         layers: module name to its update.
         caps: largest rank that was asked for, of all or by name.
+        bounded: whether eight mean ranks are an end at all; the released FlexLoRA knows none.
 
     Returns:
         Module name to rank; at least the one that it has.
     """
-    cap = math.ceil(CAP * mean_rank({name: module.cost_per_rank for name, module in plan.modules.items()}, budget))
+    mean = mean_rank({name: module.cost_per_rank for name, module in plan.modules.items()}, budget)
+    cap = math.ceil(CAP * mean) if bounded else budget
     found = {}
     for name, layer in layers.items():
         largest = layer.max_rank if isinstance(layer, SVDForm) else min(layer.lora_A.shape[1], layer.lora_B.shape[0])

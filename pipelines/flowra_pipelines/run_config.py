@@ -132,7 +132,7 @@ def _check_that_events_fire(refinement: RefinementConfig, steps: int) -> None:
         raise ValueError(
             f"refinement.interval must be less than {between}, got {refinement.interval}: no event would fall there"
         )
-    if "b0" in POLICY_KEYS[refinement.policy]:
+    if "b0" in POLICY_KEYS[refinement.policy] and refinement.decay == "cubic":
         share = refinement.interval / steps
         if round(refinement.b0 * (1 - share**3)) < 1:  # docs/methods.md, section 7: it falls from event to event
             raise ValueError(

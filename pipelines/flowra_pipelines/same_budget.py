@@ -23,7 +23,8 @@ def parameters_of(path: str | Path) -> int:
 
     Args:
         path: a ``plan.json``; or a folder with a plan or an adapter; or that of a run, whose final adapter counts, or
-            its plan if it has not come so far. Zeros that an export was filled up with count, for they are stored.
+            its plan if it has not come so far: what that spends, or what refinement ends within. Zeros that an export
+            was filled up with count, for they are stored.
 
     Returns:
         The number.
@@ -48,7 +49,8 @@ def parameters_of(path: str | Path) -> int:
         )
     try:
         if name == "plan.json":
-            return read_plan(where).parameters
+            plan = read_plan(where)
+            return plan.parameters if plan.final_budget is None else min(plan.parameters, plan.final_budget)
         if name == OURS[0]:
             return _count(read_tensors(where / OURS[1]))
         found = read_checkpoint(where)

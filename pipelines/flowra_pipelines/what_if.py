@@ -1,8 +1,10 @@
 """What a plan would be under another budget, other limits, another solver or other gains; trains nothing."""
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +30,8 @@ from flowra_pipelines.static_plans import STATIC, static_plan
 __all__ = ["Answer", "Question", "Sources", "Step", "answer", "plan_at", "read_sources"]
 
 FLOW = "flow_gains"
+DRAWN = ("uniform", "random")
+"""Static plans that a seed decides."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +39,7 @@ class Question:
     """What is asked; None and nothing leave things as they are."""
 
     budget: str | None = None
+    """Of the run: where its policy starts above it, the plan spends as many times as much as it does now."""
     caps: Sequence[str] = ()
     """``16``, or ``q,v=16``."""
     floors: Sequence[str] = ()
@@ -43,13 +48,15 @@ class Question:
     """``q,v``, or ``q,v=4``."""
     rank_steps: str | None = None
     """``vllm``, or ranks with commas between."""
-    solver: str = "greedy"
+    solver: str | None = None
+    """By default greedy."""
     threshold: float | None = None
     source: str | None = None
     """A kind of spectrum or a statistic of the profile; by default the plan's own gains."""
     static: str | None = None
     """One of ``static_plans.STATIC``."""
-    seed: int = 0
+    seed: int | None = None
+    """Of what is drawn; by default 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,7 +152,8 @@ def answer(sources: Sources, question: Question) -> Answer:
         UserError: if the question cannot be asked of this plan or profile.
     """
     try:
-        return _static(sources, question) if question.static else _allocated(sources, question)
+        found = _static(sources, question) if question.static else _allocated(sources, question)
+        return _with_final_budget(sources, question, found)
     except UserError:
         raise
     except ValueError as error:
@@ -153,8 +161,10 @@ def answer(sources: Sources, question: Question) -> Answer:
 
 
 def _allocated(sources: Sources, question: Question) -> Answer:
-    if question.solver not in SOLVERS:
+    if question.solver not in (None, *SOLVERS):
         raise UserError(f"solver must be one of {', '.join(SOLVERS)}, got {question.solver!r}")
+    if question.seed is not None:
+        raise UserError(f"--seed has no effect without --static uniform or random, got {question.seed}")
     solver: Literal["greedy", "exact"] = "exact" if question.solver == "exact" else "greedy"
     budget = _budget(sources, question.budget)
     gains, one_shot = _gains(sources, question.source)
@@ -207,14 +217,15 @@ def _static(sources: Sources, question: Question) -> Answer:
         "rank-steps": question.rank_steps,
         "from": question.source,
         "threshold": question.threshold,
+        "solver": question.solver,
+        "seed": None if question.static in DRAWN else question.seed,
     }.items():
         if value not in (None, ()) and value != []:
             raise UserError(f"--{option} has no effect with --static {question.static}")
     if question.static not in STATIC:
         raise UserError(f"static must be one of {'; '.join(STATIC)}, got {question.static!r}")
-    budget, gains = _budget(sources, question.budget), None
-    if sources.plan is not None or (sources.profile is not None and FLOW in sources.profile.spectra):
-        gains = _gains(sources, None)[0]
+    budget = _budget(sources, question.budget)
+    gains = _gains(sources, None)[0] if _knows_gains(sources) else None
     caps, said = _largest(sources), _ranks(sources, question.caps, "cap")
     if said is not None:
         said = said if isinstance(said, Mapping) else dict.fromkeys(caps, said)
@@ -223,7 +234,7 @@ def _static(sources: Sources, question: Question) -> Answer:
         question.static,
         sources.costs,
         budget=budget,
-        seed=question.seed,
+        seed=question.seed or 0,
         caps=caps,
         gains=gains,
         scaling=2.0 if sources.plan is None else sources.plan.scaling,
@@ -246,7 +257,12 @@ def _folder_with(path: Path, name: str, places: Sequence[str]) -> Path | None:
 
 def _gains(sources: Sources, source: str | None) -> tuple[dict[str, list[float]], bool]:
     """Return gains by module, and whether they are of one shot: not measured on a learned update."""
-    if source is None and sources.plan is not None:
+    if source is None and sources.plan is not None and not _has_gains(sources.plan) and not _knows_gains(sources):
+        raise UserError(
+            f"plan must hold gains, got one that was made without a look at them; in {sources.where}. Ask with"
+            " --static, or of a run that was calibrated."
+        )
+    if source is None and sources.plan is not None and _has_gains(sources.plan):
         return {name: list(sources.plan.modules[name].gains) for name in sources.costs}, False
     kind = source or FLOW
     if sources.profile is None:
@@ -271,7 +287,20 @@ def _largest(sources: Sources) -> dict[str, int]:
     if sources.profile is not None:
         return {name: min(sources.profile.modules[name].shape) for name in sources.costs}
     assert sources.plan is not None
+    if not _has_gains(sources.plan):
+        raise UserError(
+            f"largest ranks must be known, got a plan alone that does not say any; {sources.where}. Give the run."
+        )
     return {name: len(sources.plan.modules[name].gains) for name in sources.costs}
+
+
+def _has_gains(plan: RankPlan) -> bool:
+    return any(module.gains for module in plan.modules.values())
+
+
+def _knows_gains(sources: Sources) -> bool:
+    measured = sources.profile is not None and FLOW in sources.profile.spectra
+    return measured or (sources.plan is not None and _has_gains(sources.plan))
 
 
 def _require(names: Iterable[str], known: Mapping[str, object], kind: str) -> None:
@@ -293,6 +322,7 @@ def _budget(sources: Sources, text: str | None) -> int:
             unit_cost=lambda names: sum(sources.costs[name] for name in modules_called(sources.costs, names, "budget")),
             parameters_of=parameters_of,
         )
+        found = int(_factor(sources) * found)
     elif sources.plan is not None:
         found = sources.plan.budget
     else:
@@ -304,6 +334,25 @@ def _budget(sources: Sources, text: str | None) -> int:
     if found < kept:
         raise UserError(f"budget must be at least the {kept} parameters of the modules that are kept, got {found}")
     return found - kept
+
+
+def _factor(sources: Sources) -> Fraction:
+    """Return what the plan spends as a multiple of what refinement ends within, with the fewest digits that give it."""
+    if sources.plan is None or not sources.plan.final_budget:
+        return Fraction(1)
+    spent, final = sources.plan.budget, sources.plan.final_budget
+    rounded = (Fraction(math.ceil(Fraction(spent * 10**digits, final)), 10**digits) for digits in range(6))
+    return next((each for each in rounded if int(each * final) == spent), Fraction(spent, final))
+
+
+def _with_final_budget(sources: Sources, question: Question, found: Answer) -> Answer:
+    """Say what refinement ends within, where that is not what the plan spends."""
+    if sources.plan is None or sources.plan.final_budget is None:
+        return found
+    factor, final = _factor(sources), sources.plan.final_budget
+    if question.budget is not None:
+        final = math.ceil(found.plan.budget / factor)
+    return replace(found, plan=replace(found.plan, final_budget=final))
 
 
 def _threshold(sources: Sources, question: Question) -> float:

@@ -49,7 +49,7 @@ def test_equal_plans_give_equal_bytes_and_leave_nothing_else(plan: RankPlan, tmp
 
 def test_the_file_names_its_version(plan: RankPlan, tmp_path: Path) -> None:
     content = json.loads(write_plan(plan, tmp_path).read_text(encoding="utf-8"))
-    assert content["format_version"] == 1
+    assert content["format_version"] == 2
     assert content["modules"]["layer.0.query"]["kind"] == "lora"
 
 
@@ -101,15 +101,15 @@ def test_a_plan_that_is_too_large_is_not_opened(tmp_path: Path) -> None:
 HOSTILE_TEXT = {
     "empty": b"",
     "not_json": b"rank: 3",
-    "truncated": b'{"format_version": 1, "modules": {',
-    "not_utf8": b'{"format_version": 1, "modules": "\xff\xfe"}',
+    "truncated": b'{"format_version": 2, "modules": {',
+    "not_utf8": b'{"format_version": 2, "modules": "\xff\xfe"}',
     "list": b"[]",
     "number": b"3",
     "null": b"null",
     "text": b'"plan"',
     "empty_object": b"{}",
     "nested": b"[" * 200_000,
-    "nested_in_modules": b'{"format_version": 1, "modules": ' + b'{"a":' * 100_000,
+    "nested_in_modules": b'{"format_version": 2, "modules": ' + b'{"a":' * 100_000,
     "long_number": b'{"format_version": ' + b"1" * 10_000 + b"}",
 }
 
@@ -148,12 +148,15 @@ def _remove(*path: str) -> Callable[[Any], None]:
 
 MODULE = ("modules", "layer.0.query")
 HOSTILE_CHANGES = {
-    "other_version": _put("format_version", value=2),
-    "version_text": _put("format_version", value="1"),
+    "other_version": _put("format_version", value=1),
+    "version_text": _put("format_version", value="2"),
     "no_version": _remove("format_version"),
     "no_modules": _remove("modules"),
     "no_budget": _remove("budget"),
     "no_edge": _remove("last_in"),
+    "no_final_budget": _remove("final_budget"),
+    "final_budget_float": _put("final_budget", value=1.5),
+    "final_budget_negative": _put("final_budget", value=-1),
     "unknown_key": _put("colour", value="red"),
     "unknown_key_with_line_break": _put("two\nlines", value=1),
     "unknown_module_key": _put(*MODULE, "colour", value="red"),

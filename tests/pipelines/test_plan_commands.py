@@ -196,6 +196,46 @@ def test_the_budget_of_another_run_can_be_had(folder: Path, tmp_path: Path, here
     assert asked(here, folder, "--budget", f"same as {tmp_path / 'b b'}")["budget"] == used
 
 
+@pytest.mark.parametrize(("kappa", "final"), [(2.0, 150), (1.5, 133), (0.7, 301)])
+def test_a_budget_is_the_run_s_where_its_policy_starts_elsewhere(
+    kappa: float, final: int, folder: Path, tmp_path: Path, here: Run
+) -> None:
+    spends = int(kappa * final)
+    write_plan(replace(allocate(GAINS, COSTS, budget=spends), final_budget=final), folder / "allocate")
+    assert asked(here, folder)["budget"] == spends
+    assert asked(here, folder, "--budget", str(final))["modules"] == asked(here, folder)["modules"]
+    found = asked(here, folder, "--budget", "100")
+    assert (found["budget"], found["final_budget"]) == (int(kappa * 100), 100)
+    assert ranks(found) == allocate(GAINS, COSTS, budget=int(kappa * 100)).ranks
+    assert asked(here, folder, "--static", "uniform", "--budget", "100")["budget"] == int(kappa * 100)
+    here("what-if", folder, "--budget", "200", "--write", tmp_path / "bigger")
+    written = read_plan(tmp_path / "bigger")
+    assert (written.budget, written.final_budget) == (int(kappa * 200), 200)
+    assert parameters_of(tmp_path / "bigger") == min(written.parameters, 200)
+    assert "refinement starts from there, and ends within 200 parameters" in here("show", tmp_path / "bigger")[1]
+
+
+def test_a_plan_without_gains_can_only_be_asked_for_what_needs_none(folder: Path, tmp_path: Path, here: Run) -> None:
+    write_plan(uniform_plan(COSTS, budget=300), tmp_path / "alone")
+    for question, message in ((), "plan must hold gains"), (("--static", "uniform"), "largest ranks must be known"):
+        code, _, complaint = here("what-if", tmp_path / "alone", *question)
+        assert code == 2
+        assert message in complaint
+    write_plan(uniform_plan(COSTS, budget=300), folder / "allocate")
+    assert ranks(asked(here, folder)) == allocate(GAINS, COSTS, budget=300, sensitivity_threshold=0.0).ranks
+    assert sum(ranks(asked(here, folder, "--static", "uniform")).values()) > 0
+
+
+def test_diff_tells_kinds(folder: Path, tmp_path: Path, here: Run) -> None:
+    plan = read_plan(folder / "allocate")
+    kinds = {name: replace(module, kind="svd") for name, module in plan.modules.items()}
+    write_plan(replace(plan, modules=kinds), tmp_path / "other")
+    shown = here("diff", folder, tmp_path / "other")[1]
+    assert f"Kind: lora in A, svd in B; {len(COSTS)} modules." in shown
+    content = json.loads(here("diff", folder, tmp_path / "other", "--json")[1])
+    assert content["kinds"][Q2] == ["lora", "svd"]
+
+
 def test_a_profile_alone_can_be_asked_and_gives_the_plan_of_the_stage(folder: Path, here: Run) -> None:
     content = asked(here, folder / "calibrate")
     assert ranks(content) == read_plan(folder / "allocate").ranks
@@ -381,6 +421,9 @@ def test_what_has_no_parameters_to_be_the_same_as_is_refused(tmp_path: Path) -> 
         (["--static", "best"], "static must be one of uniform; random; q,v; attention; mlp; all, got 'best'"),
         (["--static", "all", "--floor", "1"], "--floor has no effect with --static all"),
         (["--static", "all", "--rank-steps", "vllm"], "--rank-steps has no effect with --static all"),
+        (["--static", "uniform", "--solver", "exact"], "--solver has no effect with --static uniform"),
+        (["--static", "q,v", "--seed", "1"], "--seed has no effect with --static q,v"),
+        (["--seed", "0"], "--seed has no effect without --static uniform or random, got 0"),
         (["--write", "other.json"], "--write must be a folder, or a path that ends in plan.json, got other.json"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -126,6 +126,7 @@ def test_a_policy_ends_within_the_budget_and_says_its_peak(name: str, calibrated
     plan, moved = read_plan(config.folder / "allocate"), history(config)
     factor, compat = config.refinement.plan_factor, config.refinement.policy == "flexlora_compat"
     assert plan.budget == int(factor * BUDGET)
+    assert plan.final_budget == (None if factor == 1 else BUDGET)
     assert {module.kind for module in plan.modules.values()} == {config.refinement.method}
     assert moved["policy"] == config.refinement.policy
     assert moved["budget"] == BUDGET
@@ -331,10 +332,11 @@ def test_no_policy_is_none() -> None:
     assert build_policy(of({"policy": "none"})) is None
 
 
+@pytest.mark.parametrize("decay", ["cubic", "constant"])
 @pytest.mark.parametrize(("interval", "b0"), [(1, 1), (10, 4), (25, 1), (59, 4), (20, 2), (48, 1), (46, 1), (55, 3)])
-def test_what_the_configuration_says_can_fire_is_what_the_schedule_says(interval: int, b0: int) -> None:
+def test_what_the_configuration_says_can_fire_is_what_the_schedule_says(interval: int, b0: int, decay: str) -> None:
     """The rule stands in both places, for reading a configuration imports no package."""
-    refinement = {"policy": "flexlora", "interval": interval, "b0": b0}
+    refinement = {"policy": "flexlora", "interval": interval, "b0": b0, "decay": decay}
     try:
         config = of(refinement)
     except UserError:
@@ -356,6 +358,7 @@ def test_rank_grows_to_eight_mean_ranks_and_no_further_than_its_tensors(calibrat
         name: layer.max_rank for name, layer in layers.items() if isinstance(layer, MaskedSVDForm)
     }
     assert largest_ranks(plan, 1, layers) == {name: max(1, layer.rank) for name, layer in layers.items()}
+    assert largest_ranks(plan, BUDGET, layers, bounded=False) == largest_ranks(plan, 10**9, layers)
     pair = LoRA(
         next(iter(layers.values())).operator,
         rank=1,

@@ -26,18 +26,23 @@ def allocate(config: RunConfig, folder: Path) -> StageResult:
     method, factor = config.refinement.method, config.refinement.plan_factor
     of_E = 0 if method == "lora" else 1  # a triplet has one parameter more than a pair
     try:
+        budget = int(profile.provenance["budget_parameters"])
         plan = _plan(
             config,
             {name: each.tolist() for name, each in gains.items()},
             {name: module.cost_per_rank + of_E for name, module in profile.modules.items()},
-            budget=int(factor * int(profile.provenance["budget_parameters"])),
+            budget=int(factor * budget),
             largest={name: min(module.shape) for name, module in profile.modules.items()},
         )
     except KeyError as error:
         raise UserError(f"profile must say {error} in its provenance, got none. Rerun calibrate.") from None
     except ValueError as error:
         raise UserError(str(error)) from None
-    plan = replace(plan, modules={name: replace(module, kind=method) for name, module in plan.modules.items()})
+    plan = replace(
+        plan,
+        modules={name: replace(module, kind=method) for name, module in plan.modules.items()},
+        final_budget=None if factor == 1 else budget,
+    )
     active = {name: rank for name, rank in plan.ranks.items() if rank}
     if not active:
         raise UserError("allocation must leave a module some rank, got caps and frozen modules that leave none")
@@ -53,7 +58,7 @@ def allocate(config: RunConfig, folder: Path) -> StageResult:
         summary={
             "plan": ("" if config.allocation.plan == "flow" else f"static, {config.allocation.plan}: ")
             + f"{plan.parameters:,} of {plan.budget:,} parameters on {len(active)} of {len(plan.ranks)} modules"
-            + ("" if factor == 1 else f"; the budget is {profile.provenance['budget_parameters']:,}"),
+            + ("" if factor == 1 else f"; the budget is {budget:,}"),
             "next unit": f"{plan.first_out[0]} (gain {plan.first_out[1]:.2e} per parameter)"
             if plan.first_out
             else "none",

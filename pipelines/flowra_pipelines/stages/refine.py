@@ -10,7 +10,6 @@ import torch
 from flowra_adapters import attach, compact, load_adapter
 from flowra_allocation import Policy, RankHistory, RankPlan, RefinementError, Refiner, hand_over, read_plan
 from flowra_allocation.trainer_callback import RefinementCallback
-from flowra_analysis import read_profile
 from flowra_pipelines import loss_figure
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.learning_rate import with_learning_rate
@@ -46,7 +45,7 @@ def refine(config: RunConfig, folder: Path) -> StageResult:
         )
     optimizer, state = resume_phase(config, setting, model, trained)
     policy = build_policy(config)
-    refiner = None if policy is None else _refiner(config, model, plan, policy, folder.parent)
+    refiner = None if policy is None else _refiner(config, model, plan, policy)
     phase = partial(
         train_phase,
         model,
@@ -102,7 +101,7 @@ def _compacted_at(config: RunConfig, policy: Policy | None) -> int:
     return last if policy is None or config.refinement.method != "svd_masked" else min(policy.steps[-1], last)
 
 
-def _refiner(config: RunConfig, model: torch.nn.Module, plan: RankPlan, policy: Policy, run: Path) -> Refiner:
+def _refiner(config: RunConfig, model: torch.nn.Module, plan: RankPlan, policy: Policy) -> Refiner:
     """Set up what moves rank, within the budget of the run.
 
     Returns:
@@ -111,16 +110,20 @@ def _refiner(config: RunConfig, model: torch.nn.Module, plan: RankPlan, policy: 
     Raises:
         UserError: if the policy cannot move what the plan gives it.
     """
-    budget = plan.budget  # which may be edited by hand
-    if config.refinement.plan_factor != 1:
-        budget = int(read_profile(run / "calibrate").provenance["budget_parameters"])
+    budget = plan.budget if plan.final_budget is None else plan.final_budget  # which may be edited by hand
     layers = low_rank_layers(model)
     try:
         return Refiner(
             model,
             layers,
             costs={name: plan.modules[name].cost_per_rank for name in layers},
-            caps=largest_ranks(plan, budget, layers, caps=caps_of(config.allocation, plan.modules)),
+            caps=largest_ranks(
+                plan,
+                budget,
+                layers,
+                caps=caps_of(config.allocation, plan.modules),
+                bounded=config.refinement.policy != "flexlora_compat",
+            ),
             budget=budget,
             policy=policy,
             seed=config.seed,

@@ -67,7 +67,7 @@ class ModulePlan:
 class RankPlan:
     """How much rank each module gets, within a budget."""
 
-    format_version: ClassVar[int] = 1
+    format_version: ClassVar[int] = 2
 
     modules: Mapping[str, ModulePlan]
     """By exact module name."""
@@ -83,6 +83,9 @@ class RankPlan:
     """Module and gain per parameter of the unit taken, above floors, that is worth least per parameter."""
     first_out: tuple[str, float] | None = None
     """Module and gain per parameter of the unit left out for want of budget that is worth most per parameter."""
+    final_budget: int | None = None
+    """Parameters that refinement ends within, ≥ 0, where a policy starts the plan elsewhere (``shrink`` at κ times
+    them); None for the budget."""
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -107,6 +110,8 @@ class RankPlan:
         for edge in (self.last_in, self.first_out):
             if edge is not None and not (len(edge) == 2 and edge[0] in self.modules and _is_number(edge[1])):
                 raise ValueError(f"last_in and first_out must be a module and a gain per parameter, got {edge!r}")
+        if self.final_budget is not None and (type(self.final_budget) is not int or self.final_budget < 0):
+            raise ValueError(f"final_budget must be whole and ≥ 0, got {self.final_budget!r}")
         used = sum(module.used for module in self.modules.values())
         if used != self.parameters or used > self.budget:
             raise ValueError(f"parameters must be Σ cost · rank = {used} ≤ budget {self.budget}, got {self.parameters}")
@@ -166,7 +171,7 @@ def read_plan(folder: str | Path) -> RankPlan:
         }
         for edge in ("last_in", "first_out"):
             content[edge] = None if content[edge] is None else _as_tuple(content[edge])
-        return RankPlan(modules=modules, **content)
+        return RankPlan(modules=modules, final_budget=content.pop("final_budget"), **content)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         problem = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"plan must follow docs/formats/plan.md, got {problem}; in {path}") from None
