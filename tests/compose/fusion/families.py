@@ -11,9 +11,13 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -22,7 +26,7 @@ from flowra_testing.tiny_models import seeded
 
 VOCABULARY = 61
 PAD, END = 0, 1
-DECODERS = ("llama", "qwen2", "qwen3", "gpt2")
+DECODERS = ("llama", "qwen2", "qwen3", "gpt2", "opt", "qwen2_moe")
 FAMILIES = (*DECODERS, "bert")
 
 
@@ -46,6 +50,20 @@ def family(name: str, *, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
             model = Qwen3ForCausalLM(Qwen3Config(**tokens, **sizes, num_key_value_heads=2, head_dim=4))
         elif name == "gpt2":
             model = GPT2LMHeadModel(GPT2Config(**tokens, n_embd=16, n_layer=3, n_head=4, n_positions=64))
+        elif name == "opt":  # its feed-forward layers see batch and positions as one
+            small = {
+                "hidden_size": 16,
+                "ffn_dim": 24,
+                "word_embed_proj_dim": 16,
+                "num_attention_heads": 4,
+                "dropout": 0.0,
+            }
+            model = OPTForCausalLM(OPTConfig(**tokens, **small, num_hidden_layers=3, max_position_embeddings=64))
+        elif name == "qwen2_moe":  # and so does its shared expert
+            experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+            shared = {"shared_expert_intermediate_size": 8, "num_key_value_heads": 2}
+            model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**tokens, **sizes, **experts, **shared))
+            model.set_experts_implementation("eager")  # the other has no float64
         else:
             model = BertModel(BertConfig(vocab_size=VOCABULARY, pad_token_id=PAD, **sizes))
     return cast("PreTrainedModel", model.to(dtype).eval())

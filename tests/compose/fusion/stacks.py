@@ -15,6 +15,8 @@ LEVELS = ("layer", "step", "module")
 TARGETS: dict[str, tuple[tuple[str, ...], ...]] = {  # of the first, second and third adapter: they overlap in part
     "llama": (("q_proj", "v_proj", "up_proj"), ("q_proj", "o_proj", "down_proj"), ("q_proj", "gate_proj")),
     "gpt2": (("c_attn", "c_fc"), ("c_attn", "c_proj"), ("c_fc",)),
+    "opt": (("q_proj", "fc1"), ("v_proj", "fc2"), ("fc1",)),
+    "qwen2_moe": (("q_proj", "shared_expert.up_proj"), ("o_proj", "shared_expert.down_proj"), ("q_proj",)),
     "bert": (("query", "value"), ("query", "output.dense"), ("key",)),
     "stack": (("up", "down"), ("up", "skip"), ("skip",)),
 }
@@ -77,7 +79,7 @@ def adapter(model: nn.Module, targets: Iterable[str], rank: int, *, seed: int = 
 
 def adapters_of(model: nn.Module, kind: str, adapters: int = 2) -> dict[str, AdapterState]:
     """Adapters of ranks 4, 2 and 1 with targets of their own, in part shared."""
-    targets = TARGETS["llama" if kind.startswith("qwen") else kind]
+    targets = TARGETS.get(kind, TARGETS["llama"])
     return {NAMES[index]: adapter(model, targets[index], RANKS[index], seed=index) for index in range(adapters)}
 
 

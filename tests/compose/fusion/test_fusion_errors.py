@@ -1,5 +1,6 @@
 """What cannot be fused is refused with one line, and the model is left as it was."""
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -228,3 +229,40 @@ def test_names_of_places_are_those_of_the_blocks_around_the_modules() -> None:
     assert gates_for(model, adapters).places == ("encoder.layer.0", "encoder.layer.1", "encoder.layer.2")
     upper = {"a": adapter(model, ("layer.2.attention.self.query",), 2)}
     assert gates_for(model, upper).places == ("encoder.layer.2",)
+
+
+def test_a_fused_model_is_not_copied() -> None:
+    model = stack()
+    adapters = adapters_of(model, "stack")
+    with fuse(model, adapters, gates_for(model, adapters)), pytest.raises(TypeError, match=r"Call remove\(\) first"):
+        copy.deepcopy(model)
+    copy.deepcopy(model)
+
+
+def test_a_model_that_is_not_on_one_device_is_refused_and_the_gates_stay() -> None:
+    model = stack()
+    adapters = adapters_of(model, "stack")
+    gates = randomised(gates_for(model, adapters))
+    before = {name: each.clone() for name, each in gates.state_dict().items()}
+    model.blocks[1].to("meta")
+    with pytest.raises(ValueError, match=r"model must be on one device to be fused, got \['cpu', 'meta'\]"):
+        fuse(model, adapters, gates)
+    assert all(torch.equal(each, before[name]) for name, each in gates.state_dict().items())
+
+
+def test_an_expert_that_sees_all_positions_in_an_order_of_its_own_is_refused() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Linear(8, 8).double()])
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            routed: Tensor = self.experts[0](hidden.flatten(0, 1).flip(0))
+            return hidden + routed.flip(0).view(hidden.shape)
+
+    model = stack()
+    model.blocks[1] = Experts()
+    adapters = {name: adapter(model, ("experts.0",), 2, seed=seed) for seed, name in enumerate(("one", "other"))}
+    fusion = fuse(model, adapters, gates_for(model, adapters).double())
+    with fusion, pytest.raises(RuntimeError, match="modules must see the positions that their block saw"):
+        model(states())

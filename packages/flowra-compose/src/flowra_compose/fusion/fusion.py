@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from flowra_compose.fusion.fusion_record import FusionRecord
 from flowra_compose.fusion.gates import GateOptions, Gates
-from flowra_compose.fusion.places import blocks_of, check_modules, gate_places
+from flowra_compose.fusion.places import block_of, blocks_of, check_modules, first_of, gate_places
 from flowra_compose.fusion.routing import Routing, UntrainedRouting
 from flowra_compose.lazy_updates import outlines_of
 from flowra_compose.low_rank import AdapterState, LowRankUpdate
@@ -91,7 +91,7 @@ class _FusedUpdates(nn.Module):
         if output.dtype != weighted.dtype:
             return output + nn.functional.linear(weighted, self.lora_B).to(output.dtype)
         rows = output.reshape(-1, output.shape[-1])
-        flat = torch.addmm(rows, weighted.reshape(len(rows), -1), self.lora_B.T)
+        flat = torch.addmm(rows, weighted.reshape(-1, weighted.shape[-1]), self.lora_B.T)
         return flat.view(output.shape)
 
 
@@ -142,6 +142,10 @@ class Fusion(nn.Module):
     ) -> None:
         self.remove()
 
+    def __deepcopy__(self, memo: object) -> "Fusion":
+        """Refuse: hooks on a copy would still be the original's, gates and gradients included."""
+        raise TypeError("a fused model must not be copied, for its hooks stay the original's. Call remove() first.")
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within the block, let the base answer alone."""
@@ -167,25 +171,30 @@ class Fusion(nn.Module):
         for parameter in frozen:
             parameter.requires_grad_(False)
         self._undo.append(lambda: [parameter.requires_grad_(True) for parameter in frozen])
-        self.to(next(next(iter(hosts.values())).parameters()).device)
+        self.to(_device(hosts))
         model.add_module(CHILD, self)
         self._undo.append(lambda: delattr(model, CHILD))
         slots: dict[str, _Slot] = {}
         if self.routing.level != "module":
             blocks = blocks_of(model, hosts)
             shared = _Slot()
-            for index, name in enumerate(blocks):
+            for name in blocks:
                 slots[name] = shared if self.routing.level == "step" else _Slot()
-                if self.routing.level == "layer" or index == 0:
+                if self.routing.level == "layer":
                     self._watch_block(model.get_submodule(name), name, slots[name])
+            if self.routing.level == "step":  # the first block of all, be it adapted or not
+                self._watch_block(model.get_submodule(first_of(model, blocks[0])), "", shared)
         for (name, host), one in zip(hosts.items(), self.updates, strict=True):
             assert isinstance(one, _FusedUpdates)
             block = next((each for each in slots if name.startswith(f"{each}.")), None)
-            self._watch_module(host, name, one, None if block is None else slots[block])
+            if block is not None:
+                inside = name.removeprefix(f"{block}.")
+                flat = block_of(model.get_submodule(block), inside) is None  # experts see positions in their own order
+                self._watch_module(host, name, one, slots[block], flat=flat)
+            else:
+                self._watch_module(host, name, one, None)
 
-    def _watch_block(self, block: nn.Module, name: str, slot: _Slot) -> None:
-        place = name if self.routing.level == "layer" else ""
-
+    def _watch_block(self, block: nn.Module, place: str, slot: _Slot) -> None:
         def before(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
             if self._enabled:
                 hidden = inputs[0] if inputs else options["hidden_states"]
@@ -193,7 +202,9 @@ class Fusion(nn.Module):
 
         self._undo.append(block.register_forward_pre_hook(before, with_kwargs=True).remove)
 
-    def _watch_module(self, host: nn.Module, name: str, updates: _FusedUpdates, slot: _Slot | None) -> None:
+    def _watch_module(
+        self, host: nn.Module, name: str, updates: _FusedUpdates, slot: _Slot | None, *, flat: bool = False
+    ) -> None:
         if slot is not None:
             slot.modules.append(updates)
 
@@ -205,7 +216,9 @@ class Fusion(nn.Module):
             if slot is None:
                 expanded = updates.expanded(self._weights(name, x, coordinates))
             else:
-                if slot.weights is None or slot.weights.shape[:-1] != x.shape[:-1]:
+                seen = None if slot.weights is None else slot.weights.shape[:-1]
+                flattened = flat and seen is not None and x.shape[:-1] == (seen.numel(),)  # (batch · positions, n)
+                if seen != x.shape[:-1] and not flattened:
                     raise RuntimeError(
                         f"modules must see the positions that their block saw, got {tuple(x.shape)} at {name!r}."
                         " Use gates of level 'module' for this model."
@@ -216,6 +229,7 @@ class Fusion(nn.Module):
                         " Checkpoint activations with use_reentrant=False."
                     )
                 expanded = slot.expanded[updates.kind]
+                expanded = expanded.flatten(0, -2) if flattened else expanded
             return updates.added(output, coordinates, expanded)
 
         self._undo.append(host.register_forward_hook(after).remove)
@@ -328,6 +342,21 @@ def _check_routing(model: nn.Module, routing: Routing, updates: Mapping[str, Seq
                 f"routing must be made of the adapters that are fused, in their order, got {type(routing).__name__} of"
                 " others"
             )
+
+
+def _device(hosts: Mapping[str, nn.Module]) -> torch.device:
+    """Return where the modules are.
+
+    Raises:
+        ValueError: if that is not one place.
+    """
+    devices = {each.device for host in hosts.values() for each in (*host.parameters(), *host.buffers())}
+    if len(devices) > 1 or any(each.type == "meta" for each in devices):
+        raise ValueError(
+            f"model must be on one device to be fused, got {sorted(map(str, devices))}. Load it without device_map and"
+            " without offloading."
+        )
+    return devices.pop()
 
 
 def _brief(places: Mapping[str, int]) -> str:

@@ -112,18 +112,20 @@ class Gate(nn.Module):
             w and the softmax in it, each ``(…, k)``, in the dtype of h, at least float32.
         """
         h = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        if self.options.gate_input == "normed":
-            h = nn.functional.rms_norm(h, h.shape[-1:], eps=1e-6)
-        if self.options.rank is None:
-            scores = nn.functional.linear(h, self.weight.to(h.dtype))
-        else:
-            scores = nn.functional.linear(h, self.weight_A.to(h.dtype)) @ self.weight_B.to(h.dtype).T
-        shares = torch.softmax(scores / self.options.temperature, dim=-1)
+        with torch.autocast(h.device.type, enabled=False):
+            shares = torch.softmax(self._scores(h) / self.options.temperature, dim=-1)
         weights = shares + self.bias.to(h.dtype)
         if self.options.top_k is not None and self.options.top_k < weights.shape[-1]:
             kept = weights.detach().abs().topk(self.options.top_k, dim=-1).indices
             weights = weights * torch.zeros_like(weights).scatter(-1, kept, 1.0)
         return weights, shares
+
+    def _scores(self, h: Tensor) -> Tensor:
+        if self.options.gate_input == "normed":
+            h = nn.functional.rms_norm(h, h.shape[-1:], eps=1e-6)
+        if self.options.rank is None:
+            return nn.functional.linear(h, self.weight.to(h.dtype))
+        return nn.functional.linear(h, self.weight_A.to(h.dtype)) @ self.weight_B.to(h.dtype).T
 
 
 class Gates(nn.Module):

@@ -7,7 +7,7 @@ from torch import nn
 
 from flowra_compose.fusion.gates import Level
 
-__all__ = ["block_of", "blocks_of", "check_modules", "gate_places"]
+__all__ = ["block_of", "blocks_of", "check_modules", "first_of", "gate_places"]
 
 
 def check_modules(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str, nn.Module]:
@@ -93,6 +93,12 @@ def blocks_of(model: nn.Module, names: Iterable[str]) -> list[str]:
             " reads are other positions. Use level='module'."
         )
     return order
+
+
+def first_of(model: nn.Module, block: str) -> str:
+    """Return the name of the first block of the stack that a block is in, which sees the hidden states first."""
+    stack = block.rpartition(".")[0]
+    return f"{stack}.{next(name for name, _ in model.get_submodule(stack).named_children())}"
 
 
 def block_of(model: nn.Module, name: str) -> str | None:
