@@ -1,7 +1,8 @@
 """``flowra fuse run``: text from a model with gates, or fixed weights, over its adapters; with a cache, in batches."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ def generate(setting: FusedSetting, prompts: Sequence[str], settings: Generation
     """
     encoded = check_prompts(setting, prompts, settings.max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
-    own, tokenizer = setting.model.generation_config, setting.tokenizer
+    model: Any = setting.model  # what writes is a mixin of it
+    own, tokenizer = model.generation_config, setting.tokenizer
     sampled = settings.temperature > 0
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
@@ -62,10 +64,9 @@ def generate(setting: FusedSetting, prompts: Sequence[str], settings: Generation
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id if own is None or own.eos_token_id is None else own.eos_token_id,
     )
-    model: Any = setting.model  # what writes is a mixin of it
     device = next(setting.model.parameters()).device
     found: dict[int, str] = {}
-    with meter("generation", len(prompts)) as progress, torch.random.fork_rng():
+    with meter("generation", len(prompts)) as progress, torch.random.fork_rng(), _without_defaults(model):
         torch.manual_seed(settings.seed)
         for start in range(0, len(order), settings.batch_size):
             chosen = order[start : start + settings.batch_size]
@@ -79,6 +80,16 @@ def generate(setting: FusedSetting, prompts: Sequence[str], settings: Generation
             found |= zip(chosen, tokenizer.batch_decode(after, skip_special_tokens=True), strict=True)
             progress.advance(len(chosen))
     return [found[index] for index in range(len(prompts))]
+
+
+@contextmanager
+def _without_defaults(model: Any) -> Iterator[None]:  # noqa: ANN401 - see above
+    """Leave out what the base's authors like, such as a penalty for repetition: greedy is greedy."""
+    before, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 def check_prompts(setting: FusedSetting, prompts: Sequence[str], new_tokens: int) -> list[list[int]]:
@@ -125,7 +136,7 @@ def read_prompts(source: str) -> list[str]:
     """
     if Path(source).suffix == ".txt":
         try:
-            return Path(source).expanduser().read_text(encoding="utf-8").splitlines()
+            return Path(source).expanduser().read_text(encoding="utf-8-sig").rstrip().splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"prompts must be a readable file, got {error}") from None
     data = data_source(source)
@@ -161,6 +172,8 @@ def show_generation(
     Raises:
         UserError: for what the user can put right.
     """
+    if out is not None and out.is_dir():
+        raise UserError(f"out must be a file of JSON lines, got the folder {out}")
     routing: Routing | None = None
     if static is None or (sources[0] / FILES[1]).is_file():
         if heads_from is not None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -152,7 +153,7 @@ def open_setting(
         reader = reader_of(base, folders)
         states = {name: read_adapter(folder, base=reader) for name, folder in zip(names, folders, strict=True)}
     kinds = {name: state.task_type for name, state in states.items()}
-    if len(set(kinds.values())) > 1:
+    if len({*kinds.values()} - {None}) > 1:
         got = ", ".join(f"{kind} of {name!r}" for name, kind in kinds.items())
         raise UserError(f"adapters must be for one kind of task, got {got}")
     if base is not None:
@@ -162,7 +163,8 @@ def open_setting(
         got = ", ".join(f"{each} of {name!r}" for name, each in said.items())
         raise UserError(f"adapters must be of one base, got {got}. If it is the same in truth, name it with --base.")
     found = next((each for each in said.values() if each is not None), None)
-    carrier = chosen or next((name for name, state in states.items() if state.modules_to_save), names[0])
+    telling = [name for name, kind in kinds.items() if kind is not None] or [*names]
+    carrier = chosen or next((name for name in telling if states[name].modules_to_save), telling[0])
     folder = dict(zip(names, folders, strict=True))
     bare = bare_model(folder[carrier], base or found)
     nn.Module.to(bare.model, torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()
@@ -266,23 +268,33 @@ def read_record(folder: Path) -> FuseRecord:
     Raises:
         UserError: if it is missing, damaged or of another version.
     """
-    file = folder / RECORD
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         found = content.pop("format_version")
-        for key, of in {
-            "adapters": lambda one: {"name": str(one["name"]), "folder": str(one["folder"])},
-            "curve": lambda point: (int(point[0]), float(point[1]), float(point[2])),
-        }.items():
-            content[key] = tuple(map(of, content[key]))
-        content["weights"] = {place: tuple(map(float, each)) for place, each in content["weights"].items()}
-        record = FuseRecord(**content)
+        record = TypeAdapter(FuseRecord).validate_json(json.dumps(content), strict=True)
+        problem = _problem(found, record, content.keys() - set(FuseRecord.__slots__))
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         problem = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"gates must be a folder that flowra fuse train wrote, got {problem}; in {folder}") from None
-    if type(found) is not int or found != FORMAT_VERSION:
-        raise UserError(f"format_version must be {FORMAT_VERSION}, got {found!r}; in {file}")
+    if problem is not None:
+        raise UserError(f"gates must be a folder that flowra fuse train wrote, got {problem}; in {folder}")
     return record
+
+
+def _problem(version: object, record: FuseRecord, unknown: set[str]) -> str | None:
+    """Say what types do not say of a record; None if all is well."""
+    if unknown:
+        return f"the unknown key {min(unknown)!r}"
+    longest = record.settings.get("max_length")
+    if type(version) is not int or version != FORMAT_VERSION:
+        return f"format_version {version!r} where it must be {FORMAT_VERSION}"
+    if type(longest) is not int or longest < 2:
+        return f"settings with a max_length of {longest!r}"
+    if not all(each.keys() == {"name", "folder"} for each in record.adapters):
+        return "adapters without name and folder"
+    return None
 
 
 def _name_of(wanted: str, names: Sequence[str], sources: Sequence[Path]) -> str:

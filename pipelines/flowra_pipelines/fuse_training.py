@@ -153,7 +153,8 @@ def train_gates(job: FuseJob) -> FuseRecord:
         "code": code_hash(),
         "versions": _versions(),
     }
-    partial = PartialTraining(job.out.with_name(f"{job.out.name}.partial"), inputs)
+    whole = job.out.resolve()  # for "." has no name
+    partial = PartialTraining(whole.with_name(f"{whole.name}.partial"), inputs)
     losses = partial.remembered("before", lambda: _before(setting, validation, job.settings.batch_size))
     with setting.fused(gates) as fusion:
         curve = _train(setting, fusion, gates, training, config, job.settings, partial)
@@ -288,7 +289,7 @@ def _scored(
                 with fusion.recording() as record:
                     losses, numbers, _ = setting.losses(batch)
                 for place, calls in record.weights.items():
-                    real = _real(torch.cat(calls, dim=-2).cpu(), batch["attention_mask"])
+                    real = torch.cat([_real(each.cpu(), batch["attention_mask"]) for each in calls])
                     sums[place] = sums.get(place, torch.zeros(real.shape[-1])) + real.double().sum(0)
                     counted[place] = counted.get(place, 0) + len(real)
             loss, targets = loss + float(losses.double().sum()), targets + int(numbers.sum())
@@ -300,9 +301,10 @@ def _scored(
 
 def _real(weights: Tensor, mask: Tensor) -> Tensor:
     """Return the weights ``(positions, k)`` at positions that are no padding."""
-    if weights.shape[:-1] == mask.shape:
-        return weights[mask.bool()]
-    return weights.flatten(0, -2)  # of a module that sees one position of each example, such as a pooler
+    flat = weights.flatten(0, -2)
+    if len(flat) == mask.numel():  # batch and positions, apart or as one
+        return flat[mask.flatten().bool()]
+    return flat  # of a module that sees one position of each example, such as a pooler
 
 
 def _train(

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,8 +24,9 @@ from flowra_pipelines.cli import main
 from flowra_pipelines.config_sections import DataConfig
 from flowra_pipelines.data import load_text_data, tokenise
 from flowra_pipelines.fuse_examples import read_examples
+from flowra_pipelines.fuse_generation import GenerationSettings, generate
 from flowra_pipelines.fuse_setting import FusedSetting, open_fused, open_setting, read_record
-from flowra_pipelines.fuse_training import FuseJob, TrainSettings, train_gates
+from flowra_pipelines.fuse_training import FuseJob, TrainSettings, _real, train_gates
 from flowra_testing.tiny_runs import BAD, FILLER, write_tiny_bert, write_tiny_llama
 
 Here = Callable[..., tuple[int, str, str]]
@@ -446,3 +448,73 @@ def test_help_is_fast_and_lists_the_commands(here: Here) -> None:
     assert code == 0
     assert time.perf_counter() - started < 5
     assert all(name in shown for name in ("train", "run", "inspect"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "format_version 2 where it must be 1"),
+        ({"settings": {}}, "settings with a max_length of None"),
+        ({"settings": {"max_length": -1}}, "settings with a max_length of -1"),
+        ({"losses": []}, "losses: "),
+        ({"losses": {"training": {"gates": "low"}}}, "losses.training.gates: "),
+        ({"base": 5}, "base: "),
+        ({"adapters": [{"name": "a"}]}, "adapters without name and folder"),
+        ({"curve": [[1, 2.0]]}, "curve.0.2: "),
+        ({"weights": {"x": "abc"}}, "weights.x: "),
+        ({"colour": "red"}, "the unknown key 'colour'"),
+    ],
+    ids=str,
+)
+def test_a_damaged_record_is_refused_in_one_line(
+    change: dict[str, Any], message: str, gates: Path, tmp_path: Path, here: Here
+) -> None:
+    shutil.copytree(gates, tmp_path / "gates")
+    content = json.loads((gates / "fuse.json").read_text(encoding="utf-8"))
+    (tmp_path / "gates" / "fuse.json").write_text(json.dumps({**content, **change}), encoding="utf-8")
+    said = refused(here("fuse", "run", tmp_path / "gates", "--prompt", "the film"))
+    assert f"gates must be a folder that flowra fuse train wrote, got {message}" in said
+
+
+def test_what_the_base_s_authors_like_does_not_change_the_likeliest_tokens(gates: Path) -> None:
+    settings = GenerationSettings(max_new_tokens=8)
+    with open_fused(gates) as (setting, _, _):
+        plain = generate(setting, ["the film is"], settings)
+        liked: Any = setting.model
+        liked.generation_config.repetition_penalty = 50.0
+        liked.generation_config.no_repeat_ngram_size = 1
+        assert generate(setting, ["the film is"], settings) == plain
+        assert liked.generation_config.repetition_penalty == 50.0
+
+
+def test_a_folder_is_no_file_for_text_and_gates_may_be_written_where_one_is(
+    language: Path, gates: Path, tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = refused(here("fuse", "run", gates, "--prompt", "the film", "--out", tmp_path))
+    assert "out must be a file of JSON lines, got the folder" in said
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert here(*train(language, Path(), *SHORT))[0] == 0
+    assert sorted(each.name for each in (tmp_path / "here").iterdir()) == [
+        "fuse.json",
+        "gates.json",
+        "gates.safetensors",
+    ]
+    assert [each.name for each in tmp_path.iterdir()] == ["here"]
+
+
+@pytest.mark.parametrize("without", ["a", "b"])
+def test_an_adapter_that_says_no_task_has_that_of_the_other(without: str, language: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        shutil.copytree(language / name, tmp_path / name)
+    file = tmp_path / without / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "task_type": None}))
+    assert open_setting([tmp_path / "a", tmp_path / "b"]).task.peft_type == "CAUSAL_LM"
+
+
+def test_padding_counts_in_no_average_where_modules_see_batch_and_positions_as_one() -> None:
+    weights, mask = torch.rand(2, 3, 4), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    real = _real(weights, mask)
+    assert real.shape == (4, 4)
+    assert torch.equal(_real(weights.flatten(0, 1), mask), real)
+    assert torch.equal(_real(weights[:, 0], mask), weights[:, 0])
