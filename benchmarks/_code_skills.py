@@ -1,7 +1,8 @@
 """Two skills that alternate inside one sequence: English docstrings, and the code around them.
 
 Functions of Python's standard library, split by file, of at most 128 tokens and with a docstring of at least 8. The
-skills' own examples hold one of the two: docstrings alone, and functions without theirs.
+skills' own examples hold one of the two: docstrings alone, and functions without theirs. The files of ``dev.parquet``
+are left out: the recipe of the gates was found after a look at them, and is judged on others.
 """
 
 import hashlib
@@ -28,15 +29,16 @@ def skills(tokenizer: PreTrainedTokenizerBase) -> dict[str, Examples]:
         functions of these files to choose settings with; ``test``, functions of files that nothing else has seen. The
         docstring is the first skill.
     """
-    train, test = (_functions(pd.read_parquet(DATA / f"{part}.parquet")) for part in ("train", "dev"))
-    held = {file for file, _ in train if int(hashlib.sha256(file.encode()).hexdigest(), 16) % 4 == 0}
-    own = _shuffled([source for file, source in train if file not in held])
-    mixed = _shuffled([source for file, source in train if file in held])
+    sources: dict[str, list[str]] = {"own": [], "mixed": [], "test": []}
+    for file, source in _functions(pd.read_parquet(DATA / "train.parquet")):
+        part = int(hashlib.sha256(file.encode()).hexdigest(), 16) % 8
+        sources["mixed" if part in (0, 2) else "test" if part in (4, 6) else "own"].append(source)
+    own, mixed, test = (_shuffled(each) for each in sources.values())
     rows = {
         "docs": [_row(tokenizer, found.group()) for source in own if (found := DOCSTRING.search(source))],
         "code": [_row(tokenizer, DOCSTRING.sub("", source, count=1)) for source in own],
         "mixed": [_row(tokenizer, source) for source in mixed],
-        "test": [_row(tokenizer, source) for _, source in test],
+        "test": [_row(tokenizer, source) for source in test],
     }
     fitting = {name: [row for row in each if row is not None and len(row.tokens) > 8] for name, each in rows.items()}
     mixed_rows = fitting.pop("mixed")

@@ -213,9 +213,12 @@ class Method(Protocol):
         """Attach, train, count."""
 
 
-def start(run: Run, names: Sequence[str], budget: int, *, fractional: bool = True) -> dict[str, int]:
+def start(
+    run: Run, names: Sequence[str], budget: int, *, fractional: bool = True, method: str = "lora"
+) -> dict[str, int]:
     """Spread a budget evenly: the largest rank that fits, plus one for modules drawn by the seed where fractional."""
-    costs = {name: run.costs[name] for name in names}
+    of_E = 1 if method == "svd" else 0
+    costs = {name: run.costs[name] + of_E for name in names}
     if fractional:
         return dict(uniform_plan(costs, budget=budget, seed=run.seed).ranks)
     return dict(placement_plan(costs, names, budget=budget).ranks)
@@ -244,7 +247,7 @@ def moving(
 
     def train(run: Run) -> tuple[int, int]:
         decides = policy(run)
-        layers = run.attach(start(run, names(run), int(kappa * run.budget)), method)
+        layers = run.attach(start(run, names(run), int(kappa * run.budget), method=method), method)
         optimizer = run.optimizer()
         refiner = refiner_of(run, layers, decides)
         run.callbacks.append(RefinementCallback(refiner))

@@ -1,15 +1,15 @@
 """Token-level fusion against every fixed combination and other routers, on SmolLM2-135M-Instruct and real code.
 
-FLOWRA_DATA=… python benchmarks/bench_fusion_quality.py FOLDER [--only layer,static] [--seeds 3] [--curve 50,100,440]
+FLOWRA_DATA=… python benchmarks/bench_fusion_quality.py FOLDER [--only layer,static] [--seeds 3] [--curve 50,100,500]
     [--finished] [--quick]
 
 Two skills alternate inside one sequence (``_code_skills.py``): one adapter is trained on docstrings, one on code
 without them, once each (LoRA of rank 16 on every linear layer, 1,500 examples, one epoch). Gates, and everything else
 that learns or is tuned, see 200 functions that hold both, five times; settings are chosen on 60 others, with the first
-seed: for what learns, the best of two learning rates, or of three where the first is not the best; for fixed weights,
-24 trials. The base is a 4-bit file, read in bfloat16; adapters and gates are float32.
+seed: for what learns, the best of three learning rates, and of more beyond the edge while that is the best; for fixed
+weights, 24 trials. The base is a 4-bit file; all that learns is float32.
 
-Judged by the mean negative log-likelihood of the tokens of 332 functions of other files: all, those in docstrings, and
+Judged by the mean negative log-likelihood of the tokens of 424 functions of other files: all, those in docstrings, and
 those in code. Differences are paired by function: nats of a function summed, averaged over seeds, and functions drawn
 again 10,000 times. Seeds vary the order of the functions, and what is drawn at the start.
 
@@ -22,51 +22,48 @@ again 10,000 times. Seeds vary the order of the functions, and what is drawn at 
 `arrow`, `spectr`  routing by prototypes and by norms, untrained
 `xlora`            PEFT's X-LoRA: weights for each token and layer from a first pass
 `few-shot`         a new LoRA of rank 16 on the 200 functions
-`published`        LoRA-Flow's gates of layers, as published: the residual stream as it is, one learning rate
-`layer`, `step`,   gates at three levels with our recipe: the residual stream over its root mean square, and biases that
-`module`           learn ten times as fast. All are born as the adapter for code
+`published`        LoRA-Flow's gates of layers as its code trains them: the residual stream as it is, one learning rate,
+                   weight decay on biases, too
+`layer`, `step`,   gates at three levels with the recipe of `flowra fuse train --gate-input normed`: the residual stream
+`module`           over its root mean square, and biases that learn ten times as fast. All gates are born as the adapter
+                   for code
 =================  ====================================================================================================
 
 Every figure is kept in FOLDER and made once; a run that was broken off goes on where it stopped, and `--finished`
-reports what is there.
+reports what is there. `--quick` tries the whole path in `FOLDER/quick`.
 """
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import peft
 import torch
 from _code_skills import skills
-from _fusion_bench import BATCH, EPOCHS, RANK, Fused, Workshop, fit, lora
+from _fusion_bench import RANK, Fused, Workshop
 from _results import Row, write
-from _segments import Examples, Nats, batch, bootstrap, mean_nats, mean_of_runs, nats
-from torch import nn
+from _segments import Nats, bootstrap, mean_nats, mean_of_runs
 
-from flowra_analysis import KFAC, measure
-from flowra_compose import AdapterState, ModuleStatistics, merge_updates
-from flowra_compose.fusion import Arrow, GateOptions, SpectR, StaticWeights, fuse, gates_for
-from flowra_pipelines.tasks import TASKS
+from flowra_compose import AdapterState
+from flowra_compose.fusion import Arrow, GateOptions, SpectR, StaticWeights, gates_for
 
 NAMES = ("docs", "code")
 LEVELS = ("layer", "step", "module")
 LEARNED = ("layer", "step", "module", "published", "few-shot", "xlora")
 FIXED = ("base", "docs", "code", "sum", "static", "flow", "arrow", "spectr")
 RATES: Mapping[str, tuple[float, ...]] = {
-    **dict.fromkeys(LEVELS, (1e-4, 1e-3, 3e-3)),
-    "published": (1e-3, 1e-2, 3e-2),
-    "xlora": (1e-4, 1e-3, 3e-3),
-    "few-shot": (3e-4, 1e-3, 3e-3),
+    **dict.fromkeys(LEARNED, (3e-4, 1e-3, 3e-3)),
+    "published": (3e-3, 1e-2, 3e-2),
+    "xlora": (1e-3, 3e-3, 9e-3),
 }
-EXAMPLES = 200
+"""Where the search begins: about the best of an earlier round."""
+EXAMPLES, HOURS = 200, 6
 BELOW = {"arrow", "code", "layer", "static", "step"}
 """Whose names stand below their marks in the picture."""
 PICTURE = Path(__file__).parents[1] / "docs" / "results" / "fusion.png"
@@ -78,7 +75,7 @@ class Size:
 
     own: int = 1500
     """Examples of each adapter."""
-    both: int = 440
+    both: int = 500
     """Functions that there are for what learns, of which it gets 200 unless the curve asks for another number."""
     test: int = 10_000
     trials: int = 24
@@ -101,12 +98,12 @@ class Bench(Workshop):
         """The adapters, trained if they are not there yet."""
         return {name: self.adapter(name, lambda name=name: self.rows[name][: self.size.own]) for name in NAMES}
 
-    def fused(self, examples: int = EXAMPLES, level: str = "layer") -> Fused:
+    def fused(self, level: str = "layer", examples: int = EXAMPLES) -> Fused:
         """Return both adapters, with so many functions for what learns."""
         rows, size = self.rows, self.size
         both = rows["both"][: min(examples, size.both)]
         parts = {name: rows[name][: size.test] for name in ("tuning", "test")}
-        options = {"level": "layer"} if level == "published" else {"level": level, "gate_input": "normed"}
+        options = {"level": level, "gate_input": "normed"} if level in LEVELS else {}
         return Fused(shop=self, adapters=self.adapters, both=both, options=options, **parts)
 
 
@@ -121,93 +118,21 @@ def fixed(bench: Bench, name: str) -> Nats:
     if name == "static":
         return fused.judged(StaticWeights(bench.kept("static weights", lambda: fused.searched(bench.size.trials))))
     if name == "flow":
-        known = [statistics_of(bench, skill) for skill in NAMES]
-        merged = AdapterState(updates=merge_updates(updates, [1, 1], rule="flow", statistics=known))
-        with fuse(bench.model, {"merged": merged}, StaticWeights([1.0])):
-            return nats(bench.model, fused.test)
+        return fused.merged_by_flow({skill: bench.rows[skill][bench.size.own :][:64] for skill in NAMES})
     if name in weights:
         return fused.judged(StaticWeights(weights[name]))
     return fused.judged(Arrow(updates) if name == "arrow" else SpectR(updates))
 
 
-def statistics_of(bench: Bench, skill: str) -> dict[str, ModuleStatistics]:
-    """Measure C and S under an adapter, on its own examples; the targets are drawn from the model."""
-    model, rows = bench.fresh(), bench.rows[skill][bench.size.own : bench.size.own + 64]
-    state = bench.adapters[skill]
-    with torch.no_grad():
-        for name, update in state.updates.items():
-            model.get_submodule(name).weight += update.delta_weight()
-
-    task, generator = TASKS["causal_lm"], torch.Generator().manual_seed(0)
-    batches = [batch(rows[first : first + 8]) for first in range(0, len(rows), 8)]
-    seen = measure(
-        model,
-        batches,
-        lambda model, inputs: task.drawn_losses(model, inputs, generator),
-        sorted(state.updates),
-        {"kfac": KFAC.init()},
-        mask=lambda inputs: inputs["attention_mask"],
-    )
-    factors = seen["kfac"].finalise()
-    return {
-        name: ModuleStatistics(inputs=factors[name].inputs.dense, outputs=factors[name].gradients.dense)
-        for name in state.updates
-    }
-
-
-@contextmanager
-def learned(bench: Bench, name: str, rate: float, seed: int, examples: int) -> Iterator[nn.Module]:
-    """Train one of what learns, and give the model that it made."""
-    what = f"{name} {rate:g} seed {seed}"
-    if name in (*LEVELS, "published"):
-        fused = bench.fused(examples, name)
-        with fused.trained(fused.gates(seed=seed), rate, seed, what, one_rate=name == "published") as model:
-            yield model
-        return
-    rows: Examples = bench.fused(examples).both
-    settings: dict[str, Any] = {"rate": rate, "epochs": EPOCHS, "size": BATCH, "seed": seed, "what": what}
-    if name == "few-shot":
-        model = bench.fresh()
-        fit(model, lora(model, seed=seed), rows, **settings)
-        yield model
-    else:
-        torch.manual_seed(seed)
-        folders = {str(index): str(bench.folder / skill) for index, skill in enumerate(NAMES)}  # PEFT counts them
-        _ = bench.adapters
-        base = bench.fresh()
-        base.config.use_cache = False
-        config = peft.XLoraConfig(
-            task_type="CAUSAL_LM", hidden_size=base.config.hidden_size, adapters=folders, layerwise_scalings=True
-        )
-        made = peft.get_peft_model(base, config)
-        fit(made, [each for each in made.parameters() if each.requires_grad], rows, **settings)
-        made.eval()
-        yield made
-
-
-def of_learned(bench: Bench, name: str, seed: int, examples: int = EXAMPLES) -> Nats:
+def of_learned(bench: Bench, name: str, seed: int, examples: int = EXAMPLES) -> None:
     """Judge one of what learns, at the learning rate that is best on the tuning rows with the first seed."""
-
-    def at(rate: float, seed: int, examples: int = EXAMPLES) -> dict[str, Nats]:
-        fused = bench.fused()
-        with learned(bench, name, rate, seed, examples) as model:
-            return {"tuning": nats(model, fused.tuning), "test": nats(model, fused.test)}
-
-    for rate in RATES[name][:2]:
-        bench.kept(f"{name} {rate:g} 0", lambda rate=rate: at(rate, 0))
-    best = best_rate(bench, name)
-    if best == RATES[name][1]:  # not at the edge of what was tried
-        bench.kept(f"{name} {RATES[name][2]:g} 0", lambda: at(RATES[name][2], 0))
-        best = best_rate(bench, name)
+    fused = bench.fused(name)
+    best = bench.tuned(name, RATES[name], lambda rate, seed: fused.at(name, rate, seed))
     if examples == EXAMPLES:
-        return bench.kept(f"{name} {best:g} {seed}", lambda: at(best, seed))["test"]
-    return bench.kept(f"{name} of {examples}, {seed}", lambda: at(best, seed, examples))["test"]
-
-
-def best_rate(bench: Bench, name: str) -> float:
-    """Return the best of the learning rates that have been tried, by the tuning rows and the first seed."""
-    tried = {rate: f"{name} {rate:g} 0" for rate in RATES[name] if bench.has(f"{name} {rate:g} 0")}
-    return min(tried, key=lambda rate: mean_nats(bench.kept(tried[rate], list)["tuning"]))
+        bench.kept(f"{name} {best:g} {seed}", lambda: fused.at(name, best, seed))
+    else:
+        fewer = bench.fused(name, examples)
+        bench.kept(f"{name} of {examples}, {seed}", lambda: fewer.at(name, best, seed))
 
 
 # what is said of it
@@ -220,12 +145,15 @@ def report(bench: Bench, seeds: int) -> None:
         if bench.has(name):
             table[name] = [bench.kept(name, list)]
     for name in LEARNED:
-        if any(bench.has(f"{name} {rate:g} 0") for rate in RATES[name]):
-            best = best_rate(bench, name)
+        best = bench.best_rate(name)
+        if best is not None:
             files = [f"{name} {best:g} {seed}" for seed in range(seeds)]
             table[name] = [bench.kept(file, dict)["test"] for file in files if bench.has(file)]
-            print(f"{name}: learning rate {best:g} of {RATES[name]}, {len(table[name])} seeds")
-    rows = []
+            print(f"{name}: learning rate {best:g}, {len(table[name])} seeds")
+    print(f"not run: {', '.join(name for name in (*FIXED, *LEARNED) if name not in table) or 'nothing'}")
+    rows = [Row(what="machine-hours of all figures", ours=round(bench.hours(), 2), limit=HOURS, sense="<=")]
+    if "base" in table:
+        rows.append(Row(what="base: perplexity of a token", ours=round(math.exp(mean_nats(table["base"][0])), 3)))
     for name, runs in table.items():
         values = [mean_nats(run) for run in runs]
         spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
@@ -234,7 +162,8 @@ def report(bench: Bench, seeds: int) -> None:
         rows.append(Row(what=line, ours=round(float(np.mean(values)), 4)))
     for file in sorted((bench.folder / "figures").glob("* of *, 0.json")):
         stem = file.stem.removesuffix(", 0")
-        found = [json.loads(each.read_text())["test"] for each in sorted(file.parent.glob(f"{stem}, *.json"))]
+        files = sorted(file.parent.glob(f"{stem}, *.json"))
+        found = [json.loads(each.read_text())["figure"]["test"] for each in files]
         what = f"{stem} functions: nats per token, seeds {len(found)}"
         rows.append(Row(what=what, ours=round(mean_of_runs(found), 4)))
     if "layer" in table:
@@ -242,15 +171,11 @@ def report(bench: Bench, seeds: int) -> None:
             if name == "layer":
                 continue
             low, high, p = bootstrap(table["layer"], runs)
-            level = name in (*LEVELS, "published", "few-shot")
-            rows.append(
-                Row(
-                    what=f"layer gates less {name}, nats per token, 95 % [{low:.4f}, {high:.4f}]; p",
-                    ours=p,
-                    limit=None if level else 0.05,
-                    sense=None if level else "<=",
-                )
-            )
+            whole = len(table["layer"]) == seeds and (name in FIXED or len(runs) == seeds)
+            barred = whole and name not in (*LEVELS, "published", "few-shot")
+            what = f"layer gates less {name}, nats per token, 95 % [{low:.4f}, {high:.4f}]"
+            what += "; p" if whole else f", of fewer than {seeds} seeds; p"
+            rows.append(Row(what=what, ours=p, limit=0.05 if barred else None, sense="<=" if barred else None))
     rows += gate_sizes(bench)
     draw(table)
     write("fusion_quality", rows, command="python benchmarks/bench_fusion_quality.py FOLDER")
@@ -292,13 +217,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", default="")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--curve", default="", help="numbers of functions, such as 50,100,440, for what learns")
+    parser.add_argument("--curve", default="", help="numbers of functions, such as 50,100,500, for what learns")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--finished", action="store_true")
     parser.add_argument("--quick", action="store_true")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    bench = Bench(chosen.folder, QUICK if chosen.quick else Size())
+    bench = Bench(chosen.folder / "quick", QUICK) if chosen.quick else Bench(chosen.folder, Size())
     wanted = chosen.only.split(",") if chosen.only else [*FIXED, *LEARNED]
     if not chosen.finished:
         for name in wanted:
