@@ -26,22 +26,39 @@ class Outcome:
     """One method on one task, at its best rate."""
 
     rate: float
-    runs: Sequence[Mapping[str, Any]]
-    """By seed."""
+    tried: Sequence[float]
+    """Rates, with the first seed."""
+    runs: Mapping[int, Mapping[str, Any]]
+    """By seed; one whose loss was not finite is not there."""
 
-    def values(self, key: str) -> np.ndarray:
+    def values(self, key: str, seeds: Sequence[int] | None = None) -> np.ndarray:
         """Return each example's figure on the second half, ``(seeds, examples)``."""
-        return np.stack([halves(run[key])[1] for run in self.runs])
+        return np.stack([halves(self.runs[seed][key])[1] for seed in seeds or self.runs])
+
+    @property
+    def at_the_edge(self) -> bool:
+        """Whether the best rate is the smallest or the largest that was tried."""
+        return self.rate in (min(self.tried), max(self.tried))
+
+    @property
+    def loss(self) -> float:
+        """Mean loss on the second half, over seeds."""
+        return float(self.values("losses").mean())
 
     @property
     def parameters(self) -> int:
         """Largest final count over seeds."""
-        return max(run["parameters"] for run in self.runs)
+        return max(run["parameters"] for run in self.runs.values())
 
     @property
     def peak(self) -> int:
         """Largest count at any time, over seeds."""
-        return max(run["peak"] for run in self.runs)
+        return max(run["peak"] for run in self.runs.values())
+
+    @property
+    def minutes(self) -> float:
+        """Median over seeds of a run's time, its scoring included; on whatever machine it was."""
+        return statistics.median(run["seconds"] for run in self.runs.values()) / 60
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +68,7 @@ class Table:
     title: str
     methods: Mapping[str, Outcome]
     reference: str
-    """The placement of LoRA that is best on the first half."""
+    """The placement of LoRA that is best in this very table, which favours it."""
     placements: Sequence[str]
     """Names of all its placements."""
     accuracy: bool
@@ -64,25 +81,30 @@ class Table:
         return float(losses.std(ddof=1)) if len(losses) > 1 else 1.0
 
     def difference(self, name: str, to: str = "") -> np.ndarray:
-        """Return a method's loss less that of another, by default the reference, ``(seeds, examples)``."""
-        loss, other = (self.methods[each].values("losses") for each in (name, to or self.reference))
-        seeds = min(len(loss), len(other))
-        return loss[:seeds] - other[:seeds]
+        """Return a method's loss less that of another, by default the reference, ``(seeds of both, examples)``."""
+        pair = [self.methods[each] for each in (name, to or self.reference)]
+        seeds = sorted(set.intersection(*(set(each.runs) for each in pair)))
+        loss, other = (each.values("losses", seeds) for each in pair)
+        return loss - other
 
 
 def show(table: Table) -> list[Row]:
     """Print a table, and return its rows."""
     rows = []
-    budget = table.methods[table.reference].runs[0]["budget"]
+    budget = next(iter(table.methods[table.reference].runs.values()))["budget"]
     print(f"\n{table.title}: budget {budget:,}, best placement of LoRA: {table.reference}")
-    print(f"{'method':<32}{'lr':>7}{'params':>9}{'peak':>9}{'loss':>8} ±{'':<6}{'score':>8}  difference of loss")
+    print(
+        f"{'method':<36}{'lr':>8}{'params':>9}{'peak':>9}{'loss':>8} ±{'':<6}{'score':>8}  difference of loss;"
+        " * rate at the edge of what was tried"
+    )
     for name, each in table.methods.items():
         loss, score, difference = each.values("losses"), each.values("scores"), table.difference(name)
         low, high = bootstrap(difference)
         deviation = float(loss.mean(1).std(ddof=1)) if len(each.runs) > 1 else math.nan
         print(
-            f"{name:<32}{each.rate:>7.0e}{each.parameters:>9,}{each.peak:>9,}{loss.mean():>8.4f} ±{deviation:<6.4f}"
-            f"{score.mean():>8.4f}  {difference.mean():+.4f} [{low:+.4f}, {high:+.4f}], {len(each.runs)} seeds"
+            f"{name:<36}{each.rate:>7g}{'*' if each.at_the_edge else ' '}{each.parameters:>9,}{each.peak:>9,}"
+            f"{loss.mean():>8.4f} ±{deviation:<6.4f}{score.mean():>8.4f}  {difference.mean():+.4f} [{low:+.4f},"
+            f" {high:+.4f}], {len(each.runs)} seeds, {each.minutes:.1f} min"
         )
         what = f"{table.title}: {name}: held-out loss (peer: standard deviation over seeds)"
         rows.append(Row(what=what, ours=_round(loss.mean()), peer=None if math.isnan(deviation) else _round(deviation)))
@@ -90,6 +112,8 @@ def show(table: Table) -> list[Row]:
             rows.append(Row(what=f"{table.title}: {name}: accuracy", ours=_round(score.mean())))
         what = f"{table.title}: {name}: parameters at the end (peer: at the peak)"
         rows.append(Row(what=what, ours=each.parameters, peer=each.peak, limit=budget, sense="<="))
+        what = f"{table.title}: {name}: learning rate{', the edge of those tried' if each.at_the_edge else ''}"
+        rows.append(Row(what=what, ours=each.rate))
     return rows
 
 

@@ -4,10 +4,11 @@ FLOWRA_DATA=… python benchmarks/bench_equal_budget.py FOLDER [--tasks sst2,cod
 
 Every method sees the same examples in the same order for the same number of optimiser steps, probes included, on the
 same linear layers, and ends within the same number of adapter parameters (heads apart). The learning rate of each is
-the best of the same grid of three, chosen with seed 0 on one half of the held-out examples; all figures are of the
-other half, over all seeds. Differences are to LoRA at its best placement: paired over (task, seed) for the t-test,
-bootstrapped over examples for the intervals, p-values corrected after Holm over the methods. Peak parameters are
-printed beside the final ones: a method that starts above the budget says so.
+the best of the same grid of three, and of up to two more beyond its edge while the best is there, chosen with seed 0 on
+one half of the held-out examples; all figures are of the other half, over all seeds. Differences are to LoRA at the
+placement that is best in the very table, which favours it: paired over (task, seed) for the t-test, bootstrapped over
+examples for the intervals, p-values corrected after Holm over the methods. Peak parameters are printed beside the final
+ones: a method that starts above the budget says so.
 
 A first line says how many hours one process needs. Every run is kept in FOLDER and made once; one that was broken off
 goes on where it stopped, and `--finished` reports what is there. Processes that are given the same folder share the
@@ -69,6 +70,8 @@ from flowra_pipelines.training import build_optimizer, data_order, train_phase
 DATA = Path(os.environ.get("FLOWRA_DATA", "."))
 SCALING = 2.0
 ORTHOGONALITY = 0.1
+FURTHER = 2
+"""Learning rates beyond the grid, at most."""
 PROBE = 0.2
 """Share of the steps that the probe takes."""
 Work = Literal["none", "unclaimed", "all"]
@@ -504,15 +507,21 @@ def scored(run: Run) -> tuple[list[float], list[float]]:
 
 def outcome(key: str, method: str, folder: Path, *, seeds: int, work: Work) -> Outcome | None:
     """Choose the rate with seed 0, then run the other seeds at it; None if nothing is there, or not all rates are."""
-    tried = {rate: result(key, method, rate, 0, folder, work=work) for rate in TASKS[key].rates}
-    if work != "none" and None in tried.values():  # another process is at it
-        return None
-    good = {rate: halves(each["losses"])[0].mean() for rate, each in tried.items() if each and "losses" in each}
-    if not good:
-        return None
-    rate = min(good, key=lambda each: good[each])
-    runs = [result(key, method, rate, seed, folder, work=work) for seed in range(seeds)]
-    return Outcome(rate=rate, runs=[each for each in runs if each and "losses" in each])
+    rates = list(TASKS[key].rates)
+    for further in range(FURTHER + 1):
+        tried = {rate: result(key, method, rate, 0, folder, work=work) for rate in rates}
+        if work != "none" and None in tried.values():  # another process is at it
+            return None
+        good = {rate: halves(each["losses"])[0].mean() for rate, each in tried.items() if each and "losses" in each}
+        if not good:
+            return None
+        rate = min(good, key=lambda each: good[each])
+        if further == FURTHER or min(rates) < rate < max(rates):
+            break
+        rates.append(rate / 2 if rate == min(rates) else rate * 2)  # grids are of factors of two
+    runs = {seed: result(key, method, rate, seed, folder, work=work) for seed in range(seeds)}
+    finite = {seed: each for seed, each in runs.items() if each and "losses" in each}
+    return Outcome(rate=rate, tried=[each for each, run in tried.items() if run], runs=finite) if finite else None
 
 
 def table(key: str, folder: Path, *, seeds: int, work: Work) -> Table | None:
@@ -522,7 +531,7 @@ def table(key: str, folder: Path, *, seeds: int, work: Work) -> Table | None:
     present = [name for name in PLACEMENTS if name in methods]
     if not present:
         return None
-    best = min(present, key=lambda name: float(halves(methods[name].runs[0]["losses"])[0].mean()))
+    best = min(present, key=lambda name: methods[name].loss)
     task = TASKS[key]
     return Table(
         title=task.title, methods=methods, reference=best, placements=PLACEMENTS, accuracy=task.kind != "causal_lm"
