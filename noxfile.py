@@ -90,9 +90,10 @@ def slow(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def laws(session: nox.Session) -> None:
-    """The whole product of adapter methods, layer types, dtypes and laws, which `tests` and `slow` run in part."""
+    """The whole products of methods, layer types, dtypes and laws, and of merging's rules; others run part of them."""
     sync(session)
     files = [f"tests/adapters/test_{name}.py" for name in ("laws", "capabilities", "compile")]
+    files += ["tests/compose/test_merge_laws.py", "tests/integration/test_merged_consumers.py"]
     python(session, *PYTEST, *files, "-m", "", *session.posargs)
 
 

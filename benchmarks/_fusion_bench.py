@@ -55,11 +55,16 @@ class Workshop:
 
     The base is SmolLM2-135M-Instruct, a file of 4 bits, read in float32; adapters, gates and classifiers are float32,
     too. All products of a folder are of one precision, that of its first run: bfloat16 (autocast) where that is faster.
+
+    Args:
+        folder: of all that is kept.
+        quick: whether the whole path is only tried: in ``folder/quick``, one epoch, one learning rate.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, quick: bool) -> None:
+        folder = folder / "quick" if quick else folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
+        self.folder, self.quick = folder, quick
         self.source = smollm2(folder)
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.source)
         known = folder / "precision"
@@ -106,11 +111,12 @@ class Workshop:
         *,
         seed: int,
         what: str,
-        epochs: int = EPOCHS,
+        epochs: int | None = None,
         size: int = BATCH,
         eps: float = 1e-8,
     ) -> None:
         """Train with LoRA-Flow's schedule: Adam, warmup over a fifth of the steps, cosine, gradients clipped at 1."""
+        epochs = epochs or (1 if self.quick else EPOCHS)
         steps = epochs * math.ceil(len(rows) / size)
         settings = [{"params": [*each.parameters], "weight_decay": each.decay} for each in groups]
         optimizer = AdamW(settings, betas=(0.9, 0.95), eps=eps)
@@ -146,6 +152,9 @@ class Workshop:
         Returns:
             The rate.
         """
+        if self.quick:
+            self.kept(f"{name} {rates[1]:g} 0", partial(at, rates[1], 0))
+            return rates[1]
         step, tried = rates[1] / rates[0], list(rates)
         for further in range(FURTHER + 1):
             lost = {rate: mean_nats(self.kept(f"{name} {rate:g} 0", partial(at, rate, 0))["tuning"]) for rate in tried}

@@ -88,9 +88,9 @@ QUICK = Size(own=16, both=8, test=8, trials=4)
 class Bench(Workshop):
     """The two skills, and as much of their examples as is asked for."""
 
-    def __init__(self, folder: Path, size: Size) -> None:
-        super().__init__(folder)
-        self.size = size
+    def __init__(self, folder: Path, *, quick: bool) -> None:
+        super().__init__(folder, quick=quick)
+        self.size = QUICK if quick else Size()
         self.rows = skills(self.tokenizer)
 
     @cached_property
@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    bench = Bench(chosen.folder / "quick", QUICK) if chosen.quick else Bench(chosen.folder, Size())
+    bench = Bench(chosen.folder, quick=chosen.quick)
     wanted = chosen.only.split(",") if chosen.only else [*FIXED, *LEARNED]
     if not chosen.finished:
         for name in wanted:

@@ -58,8 +58,7 @@ class Bench(Workshop):
     """Adapters and sequences of all settings."""
 
     def __init__(self, folder: Path, *, quick: bool) -> None:
-        super().__init__(folder)
-        self.quick = quick
+        super().__init__(folder, quick=quick)
         self.rate = self.best_rate("layer") or RATE
         self.trials = 4 if quick else TRIALS
         self.code = {name: self._few(rows) for name, rows in skills(self.tokenizer).items()}
@@ -115,7 +114,7 @@ class Bench(Workshop):
 def of_languages(bench: Bench, seeds: int) -> list[Row]:
     """Compare what combines a language and mathematics."""
     rows = []
-    for code in LANGUAGES:
+    for code in LANGUAGES[:1] if bench.quick else LANGUAGES:
         fused = bench.of_problems(code)
         table = {name: [run] for name, run in _untrained(bench, code, fused).items()}
         own = {name: bench.own(name)[-64:] for name in fused.adapters}
@@ -159,7 +158,7 @@ def _untrained(bench: Bench, setting: str, fused: Fused) -> dict[str, Nats]:
 def of_many(bench: Bench, seeds: int) -> list[Row]:
     """Ask what adapters that are not needed cost."""
     rows = []
-    for count in COUNTS:
+    for count in COUNTS[:2] if bench.quick else COUNTS:
         fused, what = bench.of_functions(count), f"docstrings and code with {count} adapters"
         gates = [bench.gates_of(_functions(count), fused, seed)[0] for seed in range(seeds)]
         rows.append(_row(f"{what}, gates by layer", gates))
@@ -201,8 +200,8 @@ def of_data(bench: Bench, seeds: int) -> list[Row]:
 def of_places(bench: Bench, _: int) -> list[Row]:
     """Ask where gates are worth most, and which rank is enough."""
     rows = []
-    for rank, place in product(RANKS, PLACES):
-        fused = bench.of_functions(8, rank=rank)
+    for rank, place in product(RANKS[:1] if bench.quick else RANKS, PLACES):
+        fused = bench.of_functions(4 if bench.quick else 8, rank=rank)
 
         def run(fused: Fused = fused, place: str = place, what: str = f"rank {rank} {place}") -> Nats:
             gates = fused.gates(seed=0)
@@ -251,7 +250,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    bench = Bench(chosen.folder / "quick" if chosen.quick else chosen.folder, quick=chosen.quick)
+    bench = Bench(chosen.folder, quick=chosen.quick)
     rows = [row for name in chosen.only.split(",") for row in ASKED[name](bench, chosen.seeds)]
     if not chosen.quick:
         write("fusion_questions", rows, command="python benchmarks/bench_fusion_questions.py FOLDER")

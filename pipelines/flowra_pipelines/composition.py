@@ -147,6 +147,7 @@ def compose(
     statistics: Sequence[Mapping[str, ModuleStatistics]] = (),
     heads_from: int | None = None,
     base: Callable[[str], Tensor] | None = None,
+    base_name: str | None = None,
 ) -> Merged:
     """Merge adapters into a folder, and look at what it cost.
 
@@ -162,6 +163,7 @@ def compose(
         statistics: of every task, or none; they also tell what each task is predicted to lose.
         heads_from: index of the adapter whose heads are kept.
         base: gives a parameter of the base by its name, for adapters that mean something only beside it.
+        base_name: of the base, where the adapters call it by different names.
 
     Returns:
         The result.
@@ -184,6 +186,7 @@ def compose(
             statistics=statistics or None,
             heads_from=heads_from,
             base=base,
+            base_model_name_or_path=base_name,
             on_module=lambda *_: progress.advance(),
         )
     cost = InterferenceMeter(
@@ -256,4 +259,7 @@ def as_user_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, ArithmeticError) as error:
-        raise UserError(" ".join(str(error).replace("heads_from=<index>", "--heads-from ADAPTER").split())) from None
+        said = str(error).replace("heads_from=<index>", "--heads-from ADAPTER")
+        if said.startswith("base_model_name_or_path must be the same"):
+            said = said.partition(" If they do")[0] + " If it is one base under two names, give it: --base."
+        raise UserError(" ".join(said.split())) from None

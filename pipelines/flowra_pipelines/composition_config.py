@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from flowra_pipelines.config_file import explained, read_content
-from flowra_pipelines.config_sections import MergeRuleConfig, Section, TrackingConfig
+from flowra_pipelines.config_sections import Section, TaskMergeConfig, TrackingConfig
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.run_config import RunConfig, load_config
 
@@ -38,7 +38,7 @@ class CompositionConfig(Section):
     """Of the inputs and labels that statistics are measured with; and of every run, unless its task says another."""
     parallel: Annotated[int, Field(ge=1)] = 1
     """Tasks that are trained at the same time, each in a process of its own; 1 trains one after another in this one."""
-    merge: MergeRuleConfig = MergeRuleConfig(rule="flow")
+    merge: TaskMergeConfig = TaskMergeConfig()
     """How they become one: rule, its options, and the size of the result."""
     tracking: TrackingConfig = TrackingConfig()
     """Where MLflow logs."""

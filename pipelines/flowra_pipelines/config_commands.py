@@ -149,7 +149,7 @@ def composition_schema() -> dict[str, Any]:
         },
         "$defs": {
             **{name: each for name, each in run["$defs"].items() if name not in {"MergeConfig", "ExtraAdapter"}},
-            "MergeRuleConfig": whole["$defs"]["MergeRuleConfig"],
+            "TaskMergeConfig": whole["$defs"]["TaskMergeConfig"],
             "ComposedTask": {**task, "properties": {**weight, **of_tasks}, "required": []},
         },
     }

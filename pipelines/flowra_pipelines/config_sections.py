@@ -318,7 +318,8 @@ class MergeRuleConfig(Section):
     """How updates become one, and of which size."""
 
     rule: RuleName = "cat"
-    """``cat`` adds the updates exactly, ``flow`` keeps what every task needs; ``flowra merge --help`` lists all."""
+    """``cat`` adds the updates exactly, ``flow`` keeps what every task needs; ``flowra merge --help`` lists all. It is
+    ``flow`` where nothing is said and statistics are there: with ``tasks``, or where every ``merge.extra`` has some."""
     density: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of the entries of each update that is kept; for ``ties``, ``magnitude_prune`` and ``dare_…``."""
     trim: Literal["global", "tensor"] | None = None
@@ -361,6 +362,13 @@ class MergeRuleConfig(Section):
         return self
 
 
+class TaskMergeConfig(MergeRuleConfig):
+    """How the updates of several tasks become one: statistics of all are there."""
+
+    rule: RuleName = "flow"
+    """``flow`` keeps what every task needs, ``cat`` adds the updates exactly; ``flowra merge --help`` lists all."""
+
+
 class MergeConfig(MergeRuleConfig):
     """What the trained adapter is merged with, by which rule, and how strictly the result is checked."""
 
@@ -370,6 +378,16 @@ class MergeConfig(MergeRuleConfig):
     """Largest allowed difference between merged and unmerged logits, relative to the largest logit."""
     save_model: bool = True
     """Write the merged model, too (as large as the base)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rule_for_statistics(cls, given: object) -> object:
+        """Take the default rule of statistics, where all others bring some and no rule is said."""
+        extras = given.get("extra") if isinstance(given, Mapping) else None
+        if not isinstance(given, Mapping) or "rule" in given or not isinstance(extras, list | tuple) or not extras:
+            return given
+        known = [each.get("statistics") if isinstance(each, Mapping) else None for each in extras]
+        return {**given, "rule": "flow"} if all(known) else given
 
     @model_validator(mode="after")
     def _statistics_of_extras(self) -> "MergeConfig":

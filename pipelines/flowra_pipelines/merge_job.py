@@ -134,6 +134,7 @@ def run_merge(job: MergeJob) -> Merged:
             weights = learned_weights(
                 folders, inputs, sources, base=job.base, learn=job.learn, settings=settings
             ).weights
+        named = {one.base_model_name_or_path for one in inputs} - {None}
         return compose(
             folders,
             job.out,
@@ -146,6 +147,7 @@ def run_merge(job: MergeJob) -> Merged:
             statistics=known,
             heads_from=None if job.heads_from is None else _index_of(job.heads_from, job.sources),
             base=base,
+            base_name=job.base if len(named) > 1 else None,
         )
 
 

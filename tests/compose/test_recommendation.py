@@ -212,3 +212,18 @@ def test_one_task_is_merged() -> None:
     found = recommend(report(shares=(0.1,)))
     assert (found.advice, found.by_task) == ("merge", {"a": "merge"})
     assert "a is the only task" in found.reasons[0]
+
+
+def test_statistics_of_some_modules_do_not_decide_about_the_others() -> None:
+    one = report(lost=(0.0, 0.0), shares=(0.2, 0.2))
+    assert one.coverage == {"a": 1.0, "b": 1.0}
+    assert (recommend(one).advice, recommend(one).basis) == ("merge", "predicted")
+    (module,) = one.modules.values()
+    unknown = replace(module, tasks=(module.tasks[0], replace(module.tasks[1], missed=None, response=None)))
+    both = replace(one, modules={"fc": module, "other": unknown})
+    assert both.coverage == {"a": 1.0, "b": 0.5}
+    found = recommend(both)
+    assert (found.advice, found.basis) == ("keep apart", "geometry")
+    assert "cover too little of the merged update: 50% of it for b." in found.would_change[0]
+    small = replace(unknown, merged_energy=0.01)
+    assert recommend(replace(one, modules={"fc": module, "other": small})).basis == "predicted"

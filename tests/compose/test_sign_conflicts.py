@@ -115,3 +115,21 @@ def test_no_more_entries_are_made_at_once_than_allowed() -> None:
 
 def test_the_docstrings_are_true() -> None:
     assert doctest.testmod(importlib.import_module("flowra_compose.sign_conflicts")).failed == 0
+
+
+@pytest.mark.parametrize("entries", [1, 60, 300, 10**9])
+def test_of_large_updates_rows_at_even_distances_are_counted(entries: int) -> None:
+    updates = [random_update(50, 30, 4, seed=seed) for seed in range(3)]
+    rows = min(50, max(1, entries // 30))
+    chosen = [50 * row // rows for row in range(rows)]
+    assert len(set(chosen)) == rows
+    some = [LowRankUpdate(each.lora_A, each.lora_B[chosen], each.scaling) for each in updates]
+    assert sign_conflicts(updates, entries=entries) == sign_conflicts(some)
+
+
+def test_rows_at_even_distances_say_nearly_what_all_rows_say() -> None:
+    updates = [random_update(1500, 700, 8, seed=seed) for seed in range(2)]
+    found, exact = sign_conflicts(updates), sign_conflicts(updates, entries=10**9)
+    assert found != exact
+    assert found.shares[0][1] == pytest.approx(exact.shares[0][1], abs=0.01)
+    assert found.cancelled == pytest.approx(exact.cancelled, abs=0.01)

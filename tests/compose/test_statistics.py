@@ -32,3 +32,22 @@ def test_biases_are_matched_in_the_metric_of_their_module() -> None:
     merged = merge_updates(updates, [1, 1], rule="flow", options=None, statistics=known)["fc.bias"]
     # weighed by S but for the shrinkage: (1 + 3) / 2 and (3 · 1 + 3) / 4
     assert merged.delta_weight().flatten().tolist() == pytest.approx([2.0, 1.5], abs=0.02)
+
+
+def test_the_fisher_of_a_bias_is_the_diagonal_of_s() -> None:
+    outputs = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+    known = {"fc": ModuleStatistics(inputs=torch.eye(3), outputs=outputs, fisher=torch.ones(2, 3))}
+    found = statistics_at(known, "fc.bias")
+    assert found is not None
+    assert found.fisher is not None
+    assert torch.equal(found.fisher, torch.tensor([[2.0], [3.0]]))
+    updates = [
+        {"fc.bias": LowRankUpdate(torch.ones(1, 1), torch.tensor(values)[:, None], layout="vector")}
+        for values in ([1.0, 0.0], [0.0, 1.0])
+    ]
+    others = torch.diag(torch.tensor([6.0, 1.0]))
+    other = {"fc": ModuleStatistics(inputs=torch.eye(3), outputs=others, fisher=torch.ones(2, 3))}
+    merged = merge_updates(updates, [1.0, 1.0], rule="fisher", statistics=[known, other])
+    torch.testing.assert_close(merged["fc.bias"].delta_weight()[:, 0], torch.tensor([2 / 8, 1 / 4]))
+    without = {"fc": ModuleStatistics(inputs=torch.eye(3), outputs=outputs)}
+    assert statistics_at(without, "fc.bias").fisher is None  # type: ignore[union-attr]

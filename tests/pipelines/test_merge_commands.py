@@ -352,6 +352,17 @@ def test_adapters_of_different_bases_are_refused(tasks: Path, tmp_path: Path, he
         )
     )
     assert "base_model_name_or_path must be the same in all adapters" in said
+    assert said.endswith("If it is one base under two names, give it: --base.")
+
+
+def test_a_base_may_have_two_names(tasks: Path, tmp_path: Path, here: Here) -> None:
+    shutil.copytree(tasks / "b", tmp_path / "b")
+    file = tmp_path / "b" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "some/bert"}))
+    command = ("merge", tasks / "a", tmp_path / "b", "--method", "cat", "--heads-from", tasks / "a")
+    code, _, complaint = here(*command, "--base", tasks / "bert", "--out", tmp_path / "out")
+    assert code == 0, complaint
+    assert read_adapter(tmp_path / "out").base_model_name_or_path == str(tasks / "bert")
 
 
 def test_statistics_of_a_run_need_its_file_alone(tmp_path: Path, tasks: Path, here: Here) -> None:

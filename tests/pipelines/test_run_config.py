@@ -7,6 +7,7 @@ from torch import nn
 
 from flowra_adapters import attach
 from flowra_allocation import AdaLoRA, Breathe, FlexLoRA, FlexLoRASchedule, RefinementSchedule, Shrink, allocate
+from flowra_pipelines.composition_config import load_composition
 from flowra_pipelines.config_file import read_content
 from flowra_pipelines.config_sections import POLICY_KEYS, AdapterConfig, AllocationConfig, RefinementConfig
 from flowra_pipelines.errors import UserError
@@ -250,3 +251,20 @@ def test_overrides_win_over_the_file_and_leave_the_rest(tmp_path: Path) -> None:
     assert (config.training.steps, config.training.batch_size) == (100, 4)
     assert config.budget == "0.5%"
     assert config.adapter.targets == ("query",)
+
+
+def test_flow_is_the_rule_where_statistics_are_there_and_nothing_is_said() -> None:
+    def rule(**merge: Any) -> str:  # noqa: ANN401 - a section of a YAML file
+        return load_config({**MINIMAL, "merge": merge}).merge.rule
+
+    known, unknown = {"path": "a", "statistics": "a-statistics"}, {"path": "b"}
+    assert rule() == rule(extra=[unknown]) == "cat"
+    assert rule(extra=[known], budget=300) == "flow"
+    assert rule(extra=[known], rule="regmean") == "regmean"
+    with pytest.raises(UserError, match=r"merge\.extra\[0\]\.statistics has no effect with merge\.rule cat"):
+        rule(extra=[known, unknown])
+    tasks = {"a": {"data": {"train": "a.csv"}}, "b": {"data": {"train": "b.csv"}}}
+    composed = {"name": "two", "model": {"path": "m"}, "tasks": tasks}
+    for merge in ({}, {"budget": "300k"}, {"rank": 8, "examples": 64, "shrinkage": 0.1}):
+        assert load_composition({**composed, "merge": merge}).merge.rule == "flow"
+    assert load_composition({**composed, "merge": {"rule": "cat"}}).merge.rule == "cat"

@@ -44,6 +44,7 @@ def merge_folders(
     statistics: Sequence[Mapping[str, ModuleStatistics]] | None = None,
     heads_from: int | None = None,
     base: Base | None = None,
+    base_model_name_or_path: str | None = None,
     on_module: Callable[[str, int, int], None] | None = None,
 ) -> MergedFolder:
     """Merge adapters in PEFT's format into one, holding one module at a time. See :func:`merge_adapters`.
@@ -64,6 +65,7 @@ def merge_folders(
         heads_from: as for :func:`merge_adapters`.
         base: the parameters of the base, where an input or what is written needs them, see :func:`read_adapter` and
             :func:`write_adapter`.
+        base_model_name_or_path: of the base, where the folders call the same one by different names.
         on_module: called with a module's name, the number of modules done and of all when one has been written.
 
     Returns:
@@ -77,6 +79,8 @@ def merge_folders(
     if out.resolve() in {Path(folder).resolve() for folder in folders}:
         raise ValueError(f"out must be a folder of its own, got {out}, which is an input. Choose another.")
     adapters = [read_adapter(folder, base) for folder in folders]
+    if base_model_name_or_path is not None:
+        adapters = [replace(one, base_model_name_or_path=base_model_name_or_path) for one in adapters]
     labels = [str(folder) for folder in folders]
     frame = merged_frame(adapters, weights, labels, rule, options, truncation, heads_from)
     form = PeftForm.of(frame.updates, base)  # refuses before the work what it cannot write
@@ -86,7 +90,7 @@ def merge_folders(
         [version("flowra-compose"), torch.__version__, rule],
         files,
         weights,
-        [options or MergeOptions(), truncation, statistics, heads_from],
+        [options or MergeOptions(), truncation, statistics, heads_from, base_model_name_or_path],
         _of_base(adapters, form, base),
     )
     partial = PartialMerge(out, known, names)

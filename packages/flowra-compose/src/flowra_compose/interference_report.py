@@ -248,6 +248,19 @@ class InterferenceReport:
         return found
 
     @property
+    def coverage(self) -> dict[str, float]:
+        """For each task the share of ‖M‖², over all modules, that lies where its statistics are known, in [0, 1].
+
+        What is predicted of a task says nothing about the rest.
+        """
+        whole = math.fsum(module.merged_energy for module in self.modules.values())
+        found = {}
+        for index, name in enumerate(self.tasks):
+            known = [each for each in self.modules.values() if each.tasks[index].missed is not None]
+            found[name] = math.fsum(each.merged_energy for each in known) / whole if whole else float(bool(known))
+        return found
+
+    @property
     def measured(self) -> dict[str, MeasuredTask]:
         """What the scores say, by task; empty without scores."""
         return {name: _measured(self.scores[name]) for name in self.tasks} if self.scores else {}

@@ -22,6 +22,7 @@ from flowra_compose.interference_report import InterferenceReport, MeasuredTask,
 __all__ = [
     "FAR_PROJECTION",
     "LARGE_INTERFERENCE",
+    "LEAST_COVERAGE",
     "LEAST_RETENTION",
     "SMALL_INTERFERENCE",
     "Advice",
@@ -47,6 +48,11 @@ FAR_PROJECTION = 0.5
 statistics: at 0.5 a quarter of the gain is lost to the scale alone, before any other task disturbs it. There is no such
 limit for ``merge``: updates at right angles still meet where inputs excite both, so without statistics only a merged
 update that is nearly the task's own (a distance of at most :data:`SMALL_INTERFERENCE`) is one to merge."""
+
+
+LEAST_COVERAGE = 0.95
+"""Share of the merged update's squared size that lies in modules with statistics of a task, for its prediction to
+decide: what one adapter changes matters to the task of another, too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +85,7 @@ def recommend(report: InterferenceReport) -> Recommendation:
         return _single(report)
     if report.scores is not None:
         return _by_scores(report)
-    if report.predicted.keys() == set(report.tasks):
+    if report.predicted.keys() == set(report.tasks) and min(report.coverage.values()) >= LEAST_COVERAGE:
         return _by_prediction(report)
     return _by_geometry(report)
 
@@ -221,6 +227,10 @@ def _by_geometry(report: InterferenceReport) -> Recommendation:
     change = [
         "Statistics of every task (a calibration on unlabelled inputs) or measured scores decide before any geometry."
     ]
+    lacking = {name: share for name, share in report.coverage.items() if 0 < share < LEAST_COVERAGE}
+    if lacking:
+        said = _and([f"{share:.0%} of it for {name}" for name, share in lacking.items()])
+        change[0] += f" Those that are known cover too little of the merged update: {said}."
     scaled = [name for name, share in projections.items() if abs(1 - share) >= FAR_PROJECTION]
     if scaled:
         change.append(f"Other weights would bring what is left of {_and(scaled)} closer to all of it.")

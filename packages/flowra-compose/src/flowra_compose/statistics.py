@@ -55,7 +55,8 @@ def statistics_at(known: Mapping[str, ModuleStatistics], name: str) -> ModuleSta
         name: of a module, or of a module's bias, ``<module>.bias``.
 
     Returns:
-        What is there, for a bias that is not C = [1] and the S of its module; None if there is neither.
+        What is there, for a bias that is not C = [1] and the S of its module, whose diagonal stands for the Fisher's:
+        it takes the tokens of an example to be independent. None if there is neither.
     """
     found = known.get(name)
     module = name.removesuffix(".bias")
@@ -63,5 +64,14 @@ def statistics_at(known: Mapping[str, ModuleStatistics], name: str) -> ModuleSta
         return found
     one = torch.ones(1, dtype=torch.float64)
     return ModuleStatistics(
-        inputs=one if of_module.inputs is None else one.to(of_module.inputs), outputs=of_module.outputs
+        inputs=one if of_module.inputs is None else one.to(of_module.inputs),
+        outputs=of_module.outputs,
+        fisher=_of_bias(of_module),
     )
+
+
+def _of_bias(module: ModuleStatistics) -> Tensor | None:
+    """Return the Fisher's diagonal of a module's bias, ``(m, 1)``, where that of its weight is known."""
+    if module.fisher is None or module.outputs is None:
+        return None
+    return (module.outputs if module.outputs.ndim == 1 else module.outputs.diagonal())[:, None].clone()
