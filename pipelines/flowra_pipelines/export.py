@@ -7,7 +7,7 @@ layer, and refused with the reason.
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ from flowra_pipelines.progress import console
 from flowra_pipelines.run_config import load_config
 from flowra_pipelines.sources import resolve
 
-__all__ = ["Exported", "For", "KindOfUpdate", "adapter_folder", "export_adapter", "show_export"]
+__all__ = ["Exported", "For", "KindOfUpdate", "adapter_folder", "export_adapter", "in_peft_form", "show_export"]
 
 For = Literal["peft", "vllm", "kohya"]
 CONFIGS = ("flowra_config.json", "adapter_config.json")
@@ -118,6 +118,29 @@ def adapter_folder(source: Path) -> Path:
     raise UserError(
         f"adapter must be a folder with {' or '.join(CONFIGS)}, or a run that has come to refine or merge, got {source}"
     )
+
+
+@contextmanager
+def in_peft_form(folders: Sequence[Path], base: str | None = None) -> Iterator[list[Path]]:
+    """Within the block, have adapters as PEFT reads them; those in Flowra's own files are exported to a folder for now.
+
+    Args:
+        folders: of the adapters.
+        base: of those that are exported, see :func:`export_adapter`.
+
+    Yields:
+        A folder for each, its own where it is in PEFT's form.
+
+    Raises:
+        UserError: if one cannot be exported.
+    """
+    with TemporaryDirectory(prefix="flowra-export-") as made:
+        readable = [*folders]
+        for index, folder in enumerate(folders):
+            if (folder / CONFIGS[0]).is_file():
+                readable[index] = Path(made) / str(index)
+                export_adapter(folder, "peft", to=readable[index], base=base)
+        yield readable
 
 
 def export_adapter(

@@ -28,7 +28,7 @@ from flowra_pipelines.composition import (
     truncation_of,
 )
 from flowra_pipelines.errors import UserError
-from flowra_pipelines.export import CONFIGS, adapter_folder
+from flowra_pipelines.export import CONFIGS, adapter_folder, in_peft_form
 from flowra_pipelines.learned_weights import LearnWeights, learned_weights
 from flowra_pipelines.sources import resolve
 from flowra_pipelines.statistics_files import read_task_statistics
@@ -96,7 +96,11 @@ def run_merge(job: MergeJob) -> Merged:
     if job.statistics and job.data:
         raise UserError("statistics and data must not be given together: statistics have been measured already")
     rule, why = _rule(job)
-    with TemporaryDirectory(prefix="flowra-statistics-") as measured, as_user_errors():
+    with (
+        TemporaryDirectory(prefix="flowra-statistics-") as measured,
+        in_peft_form(folders, job.base) as readable,
+        as_user_errors(),
+    ):
         options, drawn = _options(job, rule)
         shaped = any(each is not None for each in (job.rank, job.energy, job.budget))
         check_rule(rule, options, Truncation(rank=1) if shaped else None)  # before anything is measured
@@ -107,7 +111,7 @@ def run_merge(job: MergeJob) -> Merged:
                 " --data FILE for each adapter."
             )
         base = reader_of(job.base, folders)
-        inputs = [read_adapter(folder, base=base) for folder in folders]
+        inputs = [read_adapter(folder, base=base) for folder in readable]
         if job.data:
             settings = MeasureSettings(
                 examples=job.examples, batch_size=job.batch_size, seed=drawn, fisher="fisher" in needs
@@ -136,7 +140,7 @@ def run_merge(job: MergeJob) -> Merged:
             ).weights
         named = {one.base_model_name_or_path for one in inputs} - {None}
         return compose(
-            folders,
+            readable,
             job.out,
             names=names,
             weights=weights,

@@ -355,6 +355,45 @@ def test_adapters_of_different_bases_are_refused(tasks: Path, tmp_path: Path, he
     assert said.endswith("If it is one base under two names, give it: --base.")
 
 
+@pytest.mark.parametrize("method", ["flora", "svd"])
+def test_adapters_in_flowra_s_own_files_are_merged_as_their_export(
+    method: str, tasks: Path, tmp_path: Path, here: Here
+) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(tasks / "bert", num_labels=2)
+    (one,) = attach(model, {QUERY: 2}, method=method, generator=torch.Generator().manual_seed(0)).values()
+    with torch.no_grad():
+        for parameter in one.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    wanted = one.delta_weight().detach()
+    save_adapter(
+        model,
+        tmp_path / "own",
+        modules_to_save=["classifier"],
+        base_model_name_or_path=str(tasks / "bert"),
+        task_type="SEQ_CLS",
+    )
+    assert (tmp_path / "own" / "flowra_config.json").is_file()
+    out, reviews = tmp_path / "out", tasks / "reviews.csv"
+    command = (
+        "merge",
+        tmp_path / "own",
+        tasks / "b",
+        "--method",
+        "cat",
+        "--heads-from",
+        tmp_path / "own",
+        "--out",
+        out,
+    )
+    code, shown, complaint = here(*command, "--data", reviews, "--data", reviews, "--examples", "8")
+    assert code == 0, complaint
+    assert "own" in shown
+    merged, other = read_adapter(out), read_adapter(tasks / "b")
+    torch.testing.assert_close(
+        merged.updates[QUERY].delta_weight(), wanted + other.updates[QUERY].delta_weight(), atol=1e-5, rtol=1e-4
+    )
+
+
 def test_a_base_may_have_two_names(tasks: Path, tmp_path: Path, here: Here) -> None:
     shutil.copytree(tasks / "b", tmp_path / "b")
     file = tmp_path / "b" / "adapter_config.json"
