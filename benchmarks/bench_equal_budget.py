@@ -48,6 +48,7 @@ from flowra_allocation import (
     FlexLoRACompat,
     FlexLoRASchedule,
     Policy,
+    RefinementError,
     RefinementSchedule,
     Refiner,
     Shrink,
@@ -480,7 +481,7 @@ def _train(key: str, method: str, rate: float, seed: int, folder: Path, file: Pa
     try:
         content["parameters"], content["peak"] = METHODS[method](run)
         content["losses"], content["scores"] = scored(run)
-    except UserError as error:  # the loss is no longer finite
+    except (UserError, RefinementError) as error:  # the loss is no longer finite, or the policy cannot go on
         content["error"] = str(error)
     content["seconds"] = round(time.perf_counter() - began, 1)
     partial = file.with_suffix(".partial")
