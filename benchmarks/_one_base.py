@@ -86,7 +86,7 @@ class Task:
     validation: int = 200
     """Training rows that are held out."""
     test_rows: int = 1000
-    """At most, spread evenly over the file."""
+    """So many, or up to twice as many, spread evenly over the file; all if there are fewer."""
 
     @property
     def kind(self) -> str:
@@ -174,7 +174,7 @@ class TaskModel:
         tokenizer = load_tokenizer(config)
         data = load_text_data(task.data, label=kind.label)
         train, test = (tokenise(rows, tokenizer, max_length=task.max_length) for rows in (data.train, data.test))
-        test = test.select(range(0, len(test), math.ceil(len(test) / task.test_rows)))
+        test = test.select(range(0, len(test), max(1, len(test) // task.test_rows)))  # so many, or up to twice as many
         self.setting = Setting(task=kind, tokenizer=tokenizer, data=data, train=train, test=test)
         order = data_order(len(train), needed=len(train), seed=12345)
         self.validation = train.select(order[: task.validation])

@@ -4,18 +4,22 @@ FLOWRA_DATA=… python benchmarks/bench_composition.py FOLDER [--suites glue,dom
 
 Five GLUE tasks, and one task in five domains (``_one_base.py``): the adapters are trained once, frozen, and the same
 for all methods; every task keeps its head. A merged update is judged (i) merged into the weights, and (ii) truncated to
-the parameters of one adapter. Methods without data get their best scale, and density, from 200 validation rows of each
-task; all of them are proportional to the scale, so they merge once. Methods with data take 64 or 256 unlabelled
-training rows of each task, and no scale; their truncation knows the moments of these rows.
-AdaMerging looks at the entropy of classes, so it is run where all tasks have classes. PEFT's own merges are made by
-PEFT; those that mix A with A and B with B have the rank of one adapter in (i), too.
+the parameters of one adapter. Methods without data get their best scale, and density, by mean retention on 200
+validation rows of each task: of five scales, and of up to two more beyond the edge while the best is there. All of them
+are proportional to the scale, so they merge once; DARE is drawn once. Methods with data take 64 or 256 unlabelled
+training rows of each task, which the adapters have seen, and no scale; their truncation knows the moments of these
+rows. Where a rule makes all singular values equal (Iso), what (ii) keeps is decided by rounding. AdaMerging looks at
+the entropy of classes, so it is run where all tasks have classes. PEFT's own merges are made by PEFT; those that mix A
+with A and B with B have the rank of one adapter in (i), too.
 
 Columns: the mean score ×100; the mean and the least share of its own adapter's score that a task keeps (retention); the
 largest drop of a task in points; the mean share of the adapters' gains over the base that is lost (interference); the
-parameters beyond the base's weights, in thousands for each task; and each task's retention. Beside the merges: the base
-under the trained heads, each adapter alone, and LoRA of the same rank trained on all tasks at once, in turn, as many
-steps for each as its own adapter got. For `flow` and task arithmetic the interference of each task is predicted, too,
-in the metric of its statistics.
+parameters beyond the base's weights, in thousands for each task; and each task's retention. Beside each difference
+stands its 95 % interval, rows of each task drawn again. Of GLUE's test rows 16 sentences of CoLA and 6 pairs of STS-B
+stand in the training rows, too, and of QNLI 523 questions with another sentence: the same for all methods. Beside the
+merges: the base under the trained heads, each adapter alone, and LoRA of the same rank trained on all tasks at once, in
+turn, as many steps for each as its own adapter got. For `flow` and task arithmetic the interference of each task is
+predicted, too, in the metric of its statistics.
 
 A first line says how many hours the machine will need. Every figure is kept in FOLDER and made once; a run that was
 broken off goes on where it stopped, and `--finished` reports what is there. Processes that are given the same folder
@@ -152,6 +156,8 @@ class Extent:
     peft_methods: Mapping[str, PeftMethod] = field(default_factory=lambda: PEFT_METHODS)
     scales: tuple[float, ...] = (0.2, 0.35, 0.6, 1.0, 1.6)
     """Of the weights of all adapters; 0.2 is the mean of five."""
+    further: int = 2
+    """Scales beyond the edge of these, at most."""
     examples: tuple[int, ...] = (64, 256)
     entropy_steps: int = 500
 
@@ -159,6 +165,7 @@ class Extent:
 QUICK = Extent(
     methods={name: METHODS[name] for name in METHODS if name not in {"WUDI", "Iso-C", "Iso-CTS"}},
     scales=(0.4, 1.0),
+    further=0,
     examples=(32,),
     entropy_steps=3,
 )
@@ -313,16 +320,34 @@ class Suite:
         )
 
     def at_best_scale(self, candidates: Iterable[Made]) -> Made:
-        """Try every candidate at every scale on the validation rows."""
-        best: tuple[float, Made] | None = None
+        """Try every candidate on the validation rows at every scale, and beyond while the best is at the edge."""
+        found: list[tuple[float, Made]] = []
         for merged, chosen in candidates:
-            for scale in self.extent.scales:
-                scaled = {name: replace(each, scaling=scale * each.scaling) for name, each in merged.items()}
-                found = statistics.mean(each.value for each in self.scored(scaled, validation=True).values())
-                if best is None or found > best[0]:
-                    best = (found, (scaled, {"scale": scale, **chosen}))
-        assert best is not None
-        return best[1]
+            tried: dict[float, float] = {}
+            scales = list(self.extent.scales)
+            for further in range(self.extent.further + 1):
+                for scale in scales[len(tried) :]:
+                    tried[scale] = self._validated(_scaled(merged, scale))
+                best = max(tried, key=tried.__getitem__)
+                if further == self.extent.further or min(tried) < best < max(tried):
+                    break
+                scales.append(round(best * 1.6 if best == max(tried) else best / 1.6, 4))
+            found.append((tried[best], (_scaled(merged, best), {"scale": best, **chosen})))
+        return max(found, key=lambda each: each[0])[1]
+
+    def _validated(self, updates: Updates) -> float:
+        """Return the mean retention on the validation rows."""
+        scores = self.scored(updates, validation=True)
+        return statistics.fmean(_share(score.value, self.alone_validated[name]) for name, score in scores.items())
+
+    @cached_property
+    def alone_validated(self) -> dict[str, float]:
+        """What each adapter alone gets on the validation rows."""
+        found = {}
+        for made in self.tasks:
+            made.wear(made.updates)
+            found[made.task.name] = made.choose().value
+        return found
 
     def ways(self) -> dict[str, Callable[[], Made]]:
         """Return every way to merge, and how it is made."""
@@ -335,6 +360,8 @@ class Suite:
                 else:
                     found[f"{form} {name}"] = partial(self._tuned, method, form)
             found[f"{form} {self.flow}, scale tuned"] = partial(self._flow_tuned, form)
+            if form == "(ii)":
+                found[f"{form} {self.flow}, rank {RANK} everywhere"] = self._flow_at_one_rank
             if all(task.metric != "spearman" for task in self.specifications):
                 for count in self.extent.examples:
                     found[f"{form} {ENTROPY}, {count} examples"] = partial(self._by_entropy, form, count)
@@ -356,6 +383,18 @@ class Suite:
 
     def _flow_tuned(self, form: str) -> Made:
         return self.at_best_scale([self._by_data("flow", form, max(self.extent.examples))])
+
+    def _flow_at_one_rank(self) -> Made:
+        """Merge by flow, without an allocation of the budget."""
+        count = max(self.extent.examples)
+        merged = merge_updates(
+            self.updates,
+            [1.0] * len(self.updates),
+            rule="flow",
+            truncation=Truncation(rank=RANK),
+            statistics=self.known(count),
+        )
+        return merged, {}
 
     def _by_entropy(self, form: str, count: int) -> Made:
         """Weights by task and module, of the least entropy; the same for both forms."""
@@ -427,6 +466,14 @@ PREDICTED = frozenset(
 """The ways whose interference is predicted."""
 BEATEN = {"task arithmetic": "task arithmetic", "TIES": "TIES", "KnOTS": "KnOTS", "TSV-M": "TSV-M", "PEFT": "PEFT"}
 """What is said, and how the names of these ways begin."""
+
+
+NO_SCALE = 0.01
+"""Average retention that a tuned scale may add to flow, which is said to need none."""
+
+
+def _scaled(updates: Updates, scale: float) -> Updates:
+    return {name: replace(each, scaling=scale * each.scaling) for name, each in updates.items()}
 
 
 def _logits(call: Callable[..., Any], batch: Mapping[str, Tensor], task: int) -> Tensor:
@@ -519,16 +566,17 @@ def outcomes(suite: Suite) -> dict[str, Outcome]:
     }
 
 
-def interval(first: Outcome, second: Outcome) -> tuple[float, float]:
-    """Return a 95 % interval of the difference of average retention, rows of each task drawn again."""
-    generator = np.random.default_rng(0)
+def interval(first: Outcome, second: Outcome, figure: str = "average") -> tuple[float, float]:
+    """Return a 95 % interval of the difference of average or worst retention, rows of each task drawn again."""
+    generator, over = np.random.default_rng(0), np.mean if figure == "average" else min
     found = []
     for _ in range(1000):
-        total = 0.0
+        kept: list[list[float]] = [[], []]
         for name, score in first.scores.items():
             rows = generator.integers(len(score.answers), size=len(score.answers))
-            total += _share(score.drawn(rows) - second.scores[name].drawn(rows), first.alone[name])
-        found.append(total / len(first.scores))
+            for shares, each in zip(kept, (score, second.scores[name]), strict=True):
+                shares.append(_share(each.drawn(rows), first.alone[name]))
+        found.append(float(over(kept[0]) - over(kept[1])))
     return float(np.quantile(found, 0.025)), float(np.quantile(found, 0.975))
 
 
@@ -587,7 +635,10 @@ def bars(suite: Suite, form: str, found: Mapping[str, Outcome]) -> list[Row]:
         for figure in ("average", "worst"):
             what, more = f"{suite.name} {form}: {figure} retention of flow less that of {said}", None
             if {ours, *peers} <= found.keys():
-                more = getattr(found[ours], figure) - max(getattr(found[name], figure) for name in peers)
+                best = max(peers, key=lambda name: getattr(found[name], figure))
+                more = getattr(found[ours], figure) - getattr(found[best], figure)
+                low, high = interval(found[ours], found[best], figure)
+                what += f", 95 % [{low:+.4f}, {high:+.4f}]"
             rows.append(Row(what=what, ours=None if more is None else round(more, 6), limit=0, sense=">="))
     return rows
 
@@ -612,7 +663,8 @@ def untuned(suite: Suite, form: str, flow: Outcome, found: Mapping[str, Outcome]
     if tuned is None:
         return []
     what = f"{suite.name} {form}: average retention that a tuned scale adds to flow (peer: the scale)"
-    return [Row(what=what, ours=round(tuned.average - flow.average, 4), peer=tuned.chosen["scale"])]
+    more = round(tuned.average - flow.average, 4)
+    return [Row(what=what, ours=more, peer=tuned.chosen["scale"], limit=NO_SCALE, sense="<=")]
 
 
 def predictions(suite: Suite, found: Mapping[str, Outcome]) -> list[Row]:

@@ -400,6 +400,9 @@ def test_a_global_trim_is_the_default_and_another_than_that_of_each_module(rule:
         ("core_task_arithmetic", {"density": 0.5}, "density must be left out with the rule 'core_task_arithmetic'"),
         ("ties", {"density": 0.0}, r"density must be in \(0, 1\], got 0.0"),
         ("ties", {"trim": "layer"}, "trim must be 'global' or 'tensor', got 'layer'"),
+        ("dare_linear", {"seed": "x"}, "seed must be a whole number ≥ 0, got 'x'"),
+        ("dare_linear", {"seed": 1.5}, "seed must be a whole number ≥ 0, got 1.5"),
+        ("dare_linear", {"seed": -1}, "seed must be a whole number ≥ 0, got -1"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(rule: str, options: dict[str, float], message: str) -> None:

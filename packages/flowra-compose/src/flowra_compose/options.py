@@ -36,6 +36,8 @@ class MergeOptions:
             raise ValueError(f"density must be in (0, 1], got {self.density}")
         if self.trim not in (None, "global", "tensor"):
             raise ValueError(f"trim must be 'global' or 'tensor', got {self.trim!r}")
+        if self.seed is not None and (type(self.seed) is not int or self.seed < 0):
+            raise ValueError(f"seed must be a whole number ≥ 0, got {self.seed!r}")
         for name in ("common", "shrinkage"):
             value: float | None = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
