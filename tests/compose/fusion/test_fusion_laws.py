@@ -385,3 +385,16 @@ def test_gates_count_in_float32_under_autocast() -> None:
         model(x)
     (weights,) = record.weights[""]
     assert torch.equal(weights, next(iter(gates))(x)[0])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_fused_model_compiles_without_a_break_and_answers_alike(level: Any) -> None:  # noqa: ANN401 - a literal
+    model = stack()
+    adapters = adapters_of(model, "stack")
+    gates = randomised(gates_for(model, adapters, GateOptions(level=level))).double()
+    x = states()
+    with fuse(model, adapters, gates), torch.no_grad():
+        expected = model(x)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected, rtol=0, atol=1e-14)
+        torch.testing.assert_close(compiled(2 * x), model(2 * x), rtol=0, atol=1e-14)
