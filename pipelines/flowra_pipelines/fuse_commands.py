@@ -21,8 +21,8 @@ TRAIN = """Train gates: small maps that look at the text so far, and say at ever
 
 Base and adapters stay as they are; ranks and layers of the adapters may differ. About 200 examples that need all of
 them are enough. Where each input needs one mix, the same from its first token to its last, flowra merge does. Printed
-is the loss on held-out examples of the base, each adapter alone, their mean, their sum, and the gates. The same command
-continues a training that was killed.
+is the loss on held-out examples of the base, each adapter alone, their mean, their sum, with --fixed-trials the best
+fixed weights, and the gates. The same command continues a training that was killed.
 
 \b
 flowra fuse train runs/a runs/b --data both.jsonl --out gates
@@ -139,6 +139,14 @@ def train(
     entropy_penalty: Annotated[
         float, typer.Option(min=0.0, help="Times the gates' entropy: they decide.", rich_help_panel="Training")
     ] = 0.0,
+    fixed_trials: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Also search the best fixed weights, in so many trials (24 for two adapters): what gates should beat.",
+            rich_help_panel="Training",
+        ),
+    ] = 0,
     max_length: Annotated[
         int, typer.Option(min=2, help="Tokens of an example; longer ones are cut.", rich_help_panel="Training")
     ] = 512,
@@ -162,6 +170,7 @@ def train(
         learning_rate=learning_rate,
         bias_learning_rate=bias_learning_rate,
         entropy_penalty=entropy_penalty,
+        fixed_trials=fixed_trials,
         max_length=max_length,
         seed=seed,
     )

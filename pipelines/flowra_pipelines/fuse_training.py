@@ -31,6 +31,7 @@ from flowra_compose.fusion import (
     StaticWeights,
     adapter_fingerprint,
     gates_for,
+    search_static_weights,
     write_gates,
 )
 from flowra_compose.fusion.gate_files import FILES
@@ -86,6 +87,8 @@ class TrainSettings:
     the d numbers that score h together, so at one rate the biases hardly move."""
     entropy_penalty: float = 0.0
     """λ ≥ 0 of λ times the mean entropy of the shares, in nats, added to the loss: gates that decide."""
+    fixed_trials: int = 0
+    """Trials of a search for the best fixed weights, on the examples that gates learn from; 0 for none."""
     max_length: int = 512
     """Tokens of an example; longer ones are cut."""
     seed: int = 0
@@ -130,6 +133,11 @@ def train_gates(job: FuseJob) -> FuseRecord:
         raise UserError(
             f"adapters must be at least two, got {len(job.sources)}: a single one has weight 1, and nothing is to learn"
         )
+    if 0 < job.settings.fixed_trials < len(job.sources) + 2:
+        raise UserError(
+            f"fixed-trials must be 0 or at least {len(job.sources) + 2} with {len(job.sources)} adapters, got"
+            f" {job.settings.fixed_trials}"
+        )
     setting = open_setting(job.sources, names=job.names, base=job.base, heads_from=job.heads_from)
     training, validation, left_out = read_examples(
         setting,
@@ -155,7 +163,7 @@ def train_gates(job: FuseJob) -> FuseRecord:
     }
     whole = job.out.resolve()  # for "." has no name
     partial = PartialTraining(whole.with_name(f"{whole.name}.partial"), inputs)
-    losses = partial.remembered("before", lambda: _before(setting, validation, job.settings.batch_size))
+    losses = partial.remembered("before", lambda: _before(setting, training, validation, job.settings))
     with setting.fused(gates) as fusion:
         curve = _train(setting, fusion, gates, training, config, job.settings, partial)
         losses["gates"], weights = _scored(setting, validation, job.settings.batch_size, "gates, validation", fusion)
@@ -256,18 +264,35 @@ def _options(settings: TrainSettings, names: Sequence[str]) -> GateOptions:
         )
 
 
-def _before(setting: FusedSetting, examples: Examples, batch_size: int) -> dict[str, float | None]:
-    """Measure what needs no gates: the base, each adapter alone, all of them by their mean and sum."""
+def _before(
+    setting: FusedSetting, training: Examples, validation: Examples, settings: TrainSettings
+) -> dict[str, float | None]:
+    """Measure what needs no gates: base, each adapter alone, mean and sum, and if wanted the best fixed weights."""
     count = len(setting.names)
     fixed: dict[str, tuple[float, ...]] = {"base": (0.0,) * count}
     for which, name in enumerate(setting.names):
         fixed[f"{name} alone"] = tuple(float(index == which) for index in range(count))
     fixed |= {"mean": (1 / count,) * count, "sum": (1.0,) * count}
+    if settings.fixed_trials:
+        best = _best_fixed(setting, training, settings)
+        fixed[f"fixed at {','.join(f'{each:.3g}' for each in best)}"] = best
     found = {}
     for title, weights in fixed.items():
         with setting.fused(StaticWeights(weights)):
-            found[title], _ = _scored(setting, examples, batch_size, title)
+            found[title], _ = _scored(setting, validation, settings.batch_size, title)
     return found
+
+
+def _best_fixed(setting: FusedSetting, training: Examples, settings: TrainSettings) -> tuple[float, ...]:
+    """Search for the weights that are best everywhere, as LoraHub does."""
+    trials = iter(range(1, settings.fixed_trials + 1))
+
+    def loss(weights: tuple[float, ...]) -> float:
+        with setting.fused(StaticWeights(weights)):
+            found, _ = _scored(setting, training, settings.batch_size, f"fixed weights, trial {next(trials)}")
+        return math.inf if found is None else found
+
+    return search_static_weights(loss, len(setting.names), evaluations=settings.fixed_trials).weights
 
 
 @torch.no_grad()

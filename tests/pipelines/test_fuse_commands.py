@@ -26,7 +26,7 @@ from flowra_pipelines.data import load_text_data, tokenise
 from flowra_pipelines.fuse_examples import read_examples
 from flowra_pipelines.fuse_generation import GenerationSettings, generate
 from flowra_pipelines.fuse_setting import FusedSetting, open_fused, open_setting, read_record
-from flowra_pipelines.fuse_training import FuseJob, TrainSettings, _real, train_gates
+from flowra_pipelines.fuse_training import FuseJob, TrainSettings, _real, _scored, train_gates
 from flowra_testing.tiny_runs import BAD, FILLER, write_tiny_bert, write_tiny_llama
 
 Here = Callable[..., tuple[int, str, str]]
@@ -518,3 +518,30 @@ def test_padding_counts_in_no_average_where_modules_see_batch_and_positions_as_o
     assert real.shape == (4, 4)
     assert torch.equal(_real(weights.flatten(0, 1), mask), real)
     assert torch.equal(_real(weights[:, 0], mask), weights[:, 0])
+
+
+def test_the_best_fixed_weights_may_be_searched_and_stand_beside_the_gates(
+    language: Path, tmp_path: Path, here: Here
+) -> None:
+    code, shown, complaint = here(*train(language, tmp_path / "out", *SHORT, "--fixed-trials", 14))
+    assert code == 0, complaint
+    found = losses(tmp_path / "out")
+    (title,) = [each for each in found if each.startswith("fixed at ")]
+    assert title in shown
+    assert len([line for line in shown.splitlines() if "fixed weights, trial" in line]) >= 14
+    weights = [float(each) for each in title.removeprefix("fixed at ").split(",")]
+    setting = open_setting([language / "a", language / "b"])
+    training, validation, _ = read_examples(
+        setting, str(language / "both.jsonl"), validation=0.2, max_length=512, label="label", labels=None
+    )
+
+    def loss(weights: Sequence[float], examples: Any) -> float:  # noqa: ANN401 - examples of a data set
+        with setting.fused(StaticWeights(weights)):
+            found, _ = _scored(setting, examples, 4, "")
+        assert found is not None
+        return found
+
+    assert found[title] == pytest.approx(loss(weights, validation), rel=1e-3)
+    assert loss(weights, training) <= min(loss(each, training) for each in ((1, 0), (0, 1), (0.5, 0.5), (1, 1))) + 1e-3
+    said = refused(here(*train(language, tmp_path / "few", *SHORT, "--fixed-trials", 3)))
+    assert "fixed-trials must be 0 or at least 4 with 2 adapters, got 3" in said
