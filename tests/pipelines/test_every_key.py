@@ -570,7 +570,13 @@ ROWS = (
     Row("merge.common", 0.5, refused=NO_EFFECT, stages=(), beside={"merge.rule": "iso_c"}),
     Row("merge.shrinkage", 0.5, refused=NO_EFFECT, stages=()),
     Row("merge.examples", 64, refused=NO_EFFECT, stages=()),
-    Row("merge.extra[].statistics", "first-statistics", refused=NO_EFFECT, stages=(), beside=EXTRA),
+    Row(
+        "merge.extra[].statistics",
+        "first-statistics",
+        refused=NO_EFFECT,
+        stages=(),
+        beside={**EXTRA, "merge.rule": "cat"},
+    ),
 )
 
 
