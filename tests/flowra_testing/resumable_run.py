@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from flowra_adapters import attach
+from flowra_adapters import adapters, attach
 from flowra_allocation import (
     AdaLoRA,
     Breathe,
@@ -44,10 +45,13 @@ class Case:
     method: str
     policy: Callable[[], Policy]
     spare: int = 0
+    averaged: bool = False
+    """Whether a running average of the model goes along."""
 
 
 CASES: Mapping[str, Case] = {
     "breathe of pairs": Case("lora", lambda: Breathe(schedule=SCHEDULE, share=0.2)),
+    "breathe of pairs with an average": Case("lora", lambda: Breathe(schedule=SCHEDULE, share=0.2), averaged=True),
     "breathe of triplets": Case("svd", lambda: Breathe(schedule=SCHEDULE, share=0.4)),
     "breathe of slots": Case("svd_masked", lambda: Breathe(schedule=SCHEDULE, share=0.4)),
     "shrink of pairs by flow": Case("lora", lambda: Shrink(schedule=SCHEDULE, kappa=2.0)),
@@ -82,6 +86,7 @@ class ResumableRun:
         costs = {each: layer.cost_per_rank for each, layer in self.layers.items()}
         used = sum(costs[each] * rank for each, rank in RANKS.items())
         policy = case.policy()
+        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.9)) if case.averaged else None
         self.refiner = Refiner(
             self.model,
             self.layers,
@@ -89,6 +94,7 @@ class ResumableRun:
             costs=costs,
             caps=dict.fromkeys(RANKS, 5),
             budget=int(used / policy.peak) + 1 + case.spare,
+            averages=[adapters(self.average.module)] if self.average else [],
             seed=3,
         )
         self.build_optimizer()
@@ -120,6 +126,8 @@ class ResumableRun:
         self.refiner.before_zero_grad()
         self.optimizer.zero_grad()
         self.finished += 1
+        if self.average:
+            self.average.update_parameters(self.model)
         self.refiner.after_step(self.finished, self.optimizer)
 
     def save(self, folder: Path, refinement: Path | None = None) -> None:
@@ -128,6 +136,8 @@ class ResumableRun:
         self.refiner.save(refinement or folder)
         tensors = {f"optimizer/{name}": each for name, each in optimizer_tensors(self.model, self.optimizer).items()}
         tensors |= {f"model/{name}": each for name, each in self.model.state_dict().items()}
+        if self.average:
+            tensors |= {f"average/{name}": each for name, each in self.average.state_dict().items()}
         save_file(tensors | {"rng": torch.get_rng_state()}, folder / "training.safetensors")
         (folder / "schedule.json").write_text(json.dumps(self.scheduler.state_dict()))
 
@@ -136,6 +146,8 @@ class ResumableRun:
         self.finished = self.refiner.restore(refinement or folder)
         tensors = load_file(folder / "training.safetensors")
         self.model.load_state_dict(_part(tensors, "model/"))
+        if self.average:
+            self.average.load_state_dict(_part(tensors, "average/"))
         self.build_optimizer()
         restore_optimizer(self.model, self.optimizer, _part(tensors, "optimizer/"))
         self.scheduler.load_state_dict(json.loads((folder / "schedule.json").read_text()))
@@ -150,6 +162,8 @@ class ResumableRun:
     def fingerprint(self) -> dict[str, Any]:
         """Return hashes of all tensors, the optimiser's included, and the history."""
         tensors = {**self.model.state_dict(), **optimizer_tensors(self.model, self.optimizer)}
+        if self.average:
+            tensors |= {f"average/{name}": each for name, each in self.average.state_dict().items()}
         return {
             "tensors": {name: digest(each) for name, each in tensors.items()},
             "rng": digest(torch.get_rng_state()),

@@ -35,7 +35,7 @@ from flowra_testing.resumable_run import CASES, STEPS, ResumableRun
 from flowra_testing.tiny_models import bert_classifier
 from flowra_testing.trained_run import Kind, Rows, build, outcome, resume
 
-FEW_CASES = ("breathe of pairs", "adalora of slots")
+FEW_CASES = ("breathe of pairs with an average", "adalora of slots")
 FEW_STEPS = (3, 7, 12)  # among observed steps, right after events
 MODULES = str(Path(__file__).parents[1])
 
