@@ -8,8 +8,8 @@ linear layer of it, for the same steps, at the rate at which the task learns bes
 
 sequential LoRA             one adapter, trained on from task to task
 flow null space             an adapter for each task, A U = 0 of what past inputs span (0.95 of their energy, and 0.99)
-soft K-FAC penalty          an adapter for each task, λ by the validation rows of all tasks after the first order
-O-LoRA, InfLoRA             an adapter for each task; λ = 0.5 as published
+soft K-FAC penalty, O-LoRA  an adapter for each task, one λ of three by the validation rows of the first order
+InfLoRA                     an adapter for each task
 sequential full fine-tuning all of the encoder; the rate is the one at which the task learns best alone, of two
 composition (flow)          no sequence: adapters trained apart; those of the tasks so far, merged into one by `flow`
 independent adapters        no sharing: what a task gets alone
@@ -164,7 +164,7 @@ METHODS: Mapping[str, Method] = {
     NULL_SPACE: Method(start=_null_space, remembers=True),
     f"{NULL_SPACE}, ε = 0.99": Method(start=_null_space, remembers=True, energy=0.99),
     "soft K-FAC penalty": Method(start=_soft, remembers=True, strengths=(1.0, 10.0, 100.0)),
-    "O-LoRA": Method(start=_o_lora, remembers=True, strengths=(0.5,)),
+    "O-LoRA": Method(start=_o_lora, remembers=True, strengths=(0.5, 0.1, 5.0)),  # 0.5 as published
     "InfLoRA": Method(start=_inflora, remembers=True, first_alone=False),
     "sequential full fine-tuning": Method(start=_full, leaves="weights"),
 }

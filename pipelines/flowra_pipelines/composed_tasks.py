@@ -206,19 +206,11 @@ def _base_parameters(config: CompositionConfig) -> int | None:
 
 
 def _result(done: Merged) -> StageResult:
-    advice, ranks = recommend(done.report), [each.rank for each in done.state.updates.values()]
-    metrics = [(f"interference/projection/{name}", value, 0) for name, value in done.report.projections.items()]
-    metrics += [(f"interference/predicted/{name}", value, 0) for name, value in done.report.predicted.items()]
-    summary = {
-        "rule": f"{done.rule}: {len(ranks)} modules, largest rank {max(ranks)}",
-        "recommendation": f"{advice.advice}, by {advice.basis}",
-    }
-    if done.loss is not None:
-        summary["cut"] = f"at most {done.loss[1]:.2%} of a module's squared norm was lost, at {done.loss[0]}"
+    ranks = [each.rank for each in done.state.updates.values()]
     return StageResult(
-        metrics=metrics,
+        metrics=done.metrics,
         parameters={"rule": done.rule, "tasks": len(done.report.tasks), "parameters": done.merged_parameters},
-        summary=summary,
+        summary={"rule": f"{done.rule}: {len(ranks)} modules, largest rank {max(ranks)}", **done.summary},
     )
 
 

@@ -21,6 +21,7 @@ from flowra_compose import (
 from flowra_compose.interference import InterferenceMeter
 from flowra_compose.interference_report import InterferenceReport
 from flowra_compose.module_updates import Weight, modules_of, takes_part, updated_modules
+from flowra_compose.recommendation import recommend
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.export import adapter_folder
 from flowra_pipelines.merge_rules import DATA_FREE_RULES
@@ -73,6 +74,25 @@ class Merged:
             name: each.truncation_loss for name, each in self.report.modules.items() if each.truncation_loss is not None
         }
         return max(lost.items(), key=lambda item: item[1]) if lost else None
+
+    @property
+    def metrics(self) -> list[tuple[str, float, int]]:
+        """What it cost each task, as metrics of a stage."""
+        kinds = {"projection": self.report.projections, "predicted": self.report.predicted}
+        return [
+            (f"interference/{kind}/{name}", value, 0)
+            for kind, values in kinds.items()
+            for name, value in values.items()
+        ]
+
+    @property
+    def summary(self) -> dict[str, str]:
+        """What it cost, in lines: what to do, and what a truncation took."""
+        advice = recommend(self.report)
+        lines = {"recommendation": f"{advice.advice}, by {advice.basis}"} if len(self.report.tasks) > 1 else {}
+        if self.loss is not None:
+            lines["cut"] = f"at most {self.loss[1]:.2%} of a module's squared norm was lost, at {self.loss[0]}"
+        return lines
 
 
 def default_rule(*, statistics: bool) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from flowra_adapters import load_adapter, read_checkpoint
 from flowra_allocation import read_plan, write_plan
 from flowra_analysis import read_profile, write_profile
+from flowra_compose.interference_files import read_interference
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.results_table import results_as_markdown
 from flowra_pipelines.run_config import RunConfig, load_config
@@ -281,7 +282,13 @@ def test_extra_adapters_are_added_exactly(copy: RunConfig) -> None:
 
     with pytest.raises(UserError, match="adapter must change the model's output, got no change beyond rounding"):
         run_stage("merge", WORK["merge"], with_extra(-1.0), log=unlogged)
-    run_stage("merge", WORK["merge"], with_extra(1.0), log=unlogged)
+    done, _ = run_stage("merge", WORK["merge"], with_extra(1.0), log=unlogged)
+    report = read_interference(copy.folder / "merge")
+    assert list(report.pair_means("cosine").values()) == [pytest.approx(1.0)]
+    assert {"interference.html", "interference_task_cosines.png"} <= {
+        path.name for path in (copy.folder / "merge").iterdir()
+    }
+    assert done.summary["recommendation"] == "keep apart, by geometry"  # the sum is twice of what either wants
     once, twice = read_checkpoint(extra), read_checkpoint(copy.folder / "merge" / "adapter")
     for name, (a, b) in twice.factors.items():
         first_a, first_b = once.factors[name]

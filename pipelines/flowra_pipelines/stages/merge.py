@@ -1,4 +1,7 @@
-"""merge: put the adapter into the base, check the logits, and write what others read."""
+"""merge: put the adapter into the base, check the logits, and write what others read.
+
+Where other adapters are merged in, what that costs each of them is written, too.
+"""
 
 import json
 from collections.abc import Collection, Iterator, Mapping
@@ -10,10 +13,12 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from flowra_adapters import detach, load_adapter, merge, unmerge
-from flowra_compose import MergedFolder, MergeOptions, ModuleStatistics, merge_folders, read_adapter
-from flowra_pipelines.composition import check_provenance, truncation_of
+from flowra_compose import MergeOptions, ModuleStatistics, read_adapter
+from flowra_compose.interference_files import write_interference
+from flowra_pipelines.composition import check_provenance, compose, task_names, truncation_of
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.merge_rules import OPTIONS
+from flowra_pipelines.report_interference import write_interference_page
 from flowra_pipelines.run_config import RunConfig
 from flowra_pipelines.stages.record import StageResult
 from flowra_pipelines.stages.setting import Setting, base_model, load_setting, lora_layers
@@ -31,19 +36,21 @@ ROUNDING = 1e-6
 
 
 def merge_stage(config: RunConfig, folder: Path) -> StageResult:
-    """Write ``adapter/`` (unit scale, for PEFT and vLLM), ``model/`` and ``check.json``."""
+    """Write ``adapter/`` (unit scale, for PEFT and vLLM), ``model/``, ``check.json``, and what others cost."""
     setting = load_setting(config)
-    sources = [str(folder.parent / "refine" / "adapter"), *(each.path for each in config.merge.extra)]
+    others = [Path(each.path) for each in config.merge.extra]
+    sources = [folder.parent / "refine" / "adapter", *others]
     weights = [1.0, *(each.weight for each in config.merge.extra)]
     model = base_model(config, setting)
     own_head = 0 if setting.task.heads(model) else None
     chosen = config.merge
     try:
         inputs = [read_adapter(source, base=model.get_parameter) for source in sources]
-        merged = merge_folders(
+        merged = compose(
             sources,
-            weights,
             folder / "adapter",
+            names=task_names([config.folder, *others]),
+            weights=weights,
             rule=chosen.rule,
             options=MergeOptions(**{key: getattr(chosen, key) for key in OPTIONS}),
             truncation=truncation_of(
@@ -53,7 +60,7 @@ def merge_stage(config: RunConfig, folder: Path) -> StageResult:
                 inputs=inputs,
                 base_parameters=sum(parameter.numel() for parameter in _of_the_base(model, setting)),
             ),
-            statistics=_statistics(config, Path(sources[0]), {name for one in inputs for name in one.updates}),
+            statistics=_statistics(config, sources[0], {name for one in inputs for name in one.updates}),
             heads_from=own_head,
             base=model.get_parameter,
         )
@@ -69,22 +76,28 @@ def merge_stage(config: RunConfig, folder: Path) -> StageResult:
         transformers_logging.disable_progress_bar()
         model.save_pretrained(folder / "model")
         setting.tokenizer.save_pretrained(folder / "model")
+    if others:
+        write_interference(merged.report, folder)
+        write_interference_page(merged.report, folder / "interference.html", title=f"{config.name}: merge")
     return StageResult(
-        metrics=[(f"merge/{key}", value, 0) for key, value in check.items()],
+        metrics=[
+            *((f"merge/{key}", value, 0) for key, value in check.items()),
+            *(merged.metrics if others else ()),
+        ],
         parameters={"adapters": len(sources), "largest_rank": max(ranks.values())},
         summary={
             "check": f"merged and unmerged logits differ by {check['relative_difference']:.1e} of the largest",
             "adapter": f"{len(ranks)} modules, largest rank {max(ranks.values())}",
-            **_loss(merged),
+            **merged.summary,
         },
     )
 
 
-def _statistics(config: RunConfig, own: Path, names: Collection[str]) -> list[Mapping[str, ModuleStatistics]] | None:
-    """Measure the run's own task on its training texts, and read what others bring; None for a rule without."""
+def _statistics(config: RunConfig, own: Path, names: Collection[str]) -> list[Mapping[str, ModuleStatistics]]:
+    """Measure the run's own task on its training texts, and read what others bring; none for a rule without."""
     needs = config.merge.needs
     if not needs:
-        return None
+        return []
     others = [Path(each.path) for each in config.merge.extra]
     known = [read_task_statistics(each.statistics) for each in config.merge.extra if each.statistics is not None]
     check_provenance(known, others)
@@ -101,15 +114,6 @@ def _of_the_base(model: PreTrainedModel, setting: Setting) -> Iterator[nn.Parame
     """Go through the parameters that are not heads'."""
     heads = tuple(f"{head}." for head in setting.task.heads(model))
     return (parameter for name, parameter in model.named_parameters() if not name.startswith(heads))
-
-
-def _loss(merged: MergedFolder) -> dict[str, str]:
-    """Say what a truncation lost, and where most."""
-    lost = merged.relative_losses
-    if not lost:
-        return {}
-    worst = max(lost, key=lambda name: lost[name])
-    return {"truncated": f"at most {lost[worst]:.2%} of a module's squared size was lost, at {worst}"}
 
 
 @torch.no_grad()
