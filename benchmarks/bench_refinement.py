@@ -5,7 +5,8 @@ python benchmarks/bench_refinement.py [--rounds N] [--steps N] [--memory]
 Every linear layer of all-MiniLM-L6-v2 carries adapters, 32 × 64 tokens, AdamW, `model.train()`. "Events" is the share
 of the time of a run that its refinement events take, statistics gathered before them apart (those are in the runs'
 times). "Whole run" is T steps with the policy's events: ours beside PEFT's AdaLoRA at the same start and end, and
-PEFT's LoRA; steps of the three are interleaved in one process, and a figure is the ratio of sums. Floating point
+PEFT's LoRA; their steps are interleaved in one process, and a figure is the ratio of sums. The two AdaLoRAs start at
+twice the final rank and have the same penalty; FlexLoRA keeps its sum of ranks, by its formula. Floating point
 operations are those of one step at the end; evaluation is a forward pass at the end, without gradient; memory is the
 peak of a fresh process. As FlexLoRA's appendix E does it, on our machine.
 """
@@ -28,11 +29,22 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowra_adapters import attach
-from flowra_allocation import Breathe, Policy, RefinementSchedule, Refiner, Shrink, allocate
+from flowra_adapters import attach, orthogonality
+from flowra_allocation import (
+    AdaLoRA,
+    Breathe,
+    FlexLoRA,
+    FlexLoRASchedule,
+    Policy,
+    RefinementSchedule,
+    Refiner,
+    Shrink,
+    allocate,
+)
 
 RANK = 2
 SCALING = 2.0
+ORTHOGONALITY = 0.1
 Step = Callable[[], None]
 
 
@@ -76,11 +88,15 @@ class Training:
 
 
 class Refined(Training):
-    """LoRA of flowra-adapters whose rank a policy moves."""
+    """Adapters of flowra-adapters whose rank a policy moves."""
 
-    def __init__(self, rank: int, budget: Callable[[int], int], policy: Policy) -> None:
+    def __init__(
+        self, rank: int, budget: Callable[[int], int], policy: Policy, *, method: str = "lora", penalty: float = 0.0
+    ) -> None:
         model, tokens, names = bench_step.minilm()
-        self.layers: dict[str, Any] = dict(attach(model, dict.fromkeys(names, rank), scaling=SCALING))
+        self.penalty = penalty
+        made = attach(model, dict.fromkeys(names, rank), method=method, scaling=SCALING)
+        self.layers: dict[str, Any] = dict(made)
         super().__init__(model, tokens)
         costs = {name: layer.cost_per_rank for name, layer in self.layers.items()}
         self.refiner = Refiner(
@@ -91,6 +107,11 @@ class Refined(Training):
             caps=dict.fromkeys(costs, 4 * rank),
             budget=budget(sum(costs.values())),
         )
+
+    def loss(self) -> Tensor:
+        """Add the orthogonality penalty, where there is one."""
+        loss = super().loss()
+        return loss + self.penalty * orthogonality(self.layers.values()) if self.penalty else loss
 
     def before(self) -> None:
         """Watch if an event is near."""
@@ -117,7 +138,7 @@ class PeftAdaLoRA(Training):
             tfinal=3 * steps // 10,
             deltaT=max(1, steps // 30),
             total_step=steps,
-            orth_reg_weight=0.1,
+            orth_reg_weight=ORTHOGONALITY,
             target_modules=names,
         )
         super().__init__(peft.get_peft_model(model, config), tokens)
@@ -133,7 +154,7 @@ class PeftAdaLoRA(Training):
             ),
             torch.zeros(()),
         )
-        return super().loss() + 0.1 * penalty / 72
+        return super().loss() + ORTHOGONALITY * penalty / 72
 
     def between(self) -> None:
         """Sensitivities and masks."""
@@ -164,13 +185,24 @@ def made(name: str, steps: int) -> Training:
             return Refined(2 * RANK, lambda unit: RANK * unit, policy)
         case "breathe":
             return Refined(RANK, lambda unit: RANK * unit, Breathe(schedule=schedule(steps)))
+        case "adalora":
+            fall = AdaLoRA(
+                total_steps=steps, tinit=steps // 10, tfinal=3 * steps // 10, delta_t=max(1, steps // 30), kappa=2.0
+            )
+            return Refined(2 * RANK, lambda unit: RANK * unit, fall, method="svd", penalty=ORTHOGONALITY)
+        case "flexlora":
+            exchange = FlexLoRASchedule(
+                total_steps=steps, warmup=steps // 10, final=3 * steps // 10, interval=max(1, steps // 30), b0=4
+            )
+            flexlora = FlexLoRA(schedule=exchange, budget="params")
+            return Refined(RANK, lambda unit: RANK * unit, flexlora, method="svd", penalty=ORTHOGONALITY)
         case "adalora of PEFT":
             return PeftAdaLoRA(steps)
         case _:
             return PeftLoRA()
 
 
-OURS = ("shrink", "shrink by magnitude", "breathe")
+OURS = ("shrink", "shrink by magnitude", "breathe", "adalora", "flexlora")
 PEERS = ("adalora of PEFT", "lora of PEFT")
 
 
@@ -193,7 +225,7 @@ def runs(steps: int) -> list[Row]:
         assert isinstance(training, Refined)
         share = training.refiner.finish().seconds / seconds[name]
         rows.append(
-            Row(what=f"{name}: share of a run's time in its 18 events", ours=_round(share), limit=0.01, sense="<=")
+            Row(what=f"{name}: share of a run's time in its events", ours=_round(share), limit=0.01, sense="<=")
         )
         what = f"{name}: time of a whole run, ratio to PEFT's AdaLoRA (peer: PEFT's LoRA)"
         lora = _round(seconds["lora of PEFT"] / peer)
