@@ -46,7 +46,7 @@ from transformers import PreTrainedModel
 from flowra_adapters import dequantised_weight, disabled
 from flowra_allocation import FlowSpectrum, flow_spectrum
 from flowra_analysis import FlowProfile, ModuleProfile, layer_type
-from flowra_pipelines.estimators import KINDS, LOOK_AT_EXAMPLES, Gains, Kind, estimate, psi
+from flowra_pipelines.estimators import KINDS, LOOK_AT_EXAMPLES, Gains, Kind, estimate, profiled, psi
 from flowra_pipelines.run_config import RunConfig, load_config
 from flowra_pipelines.stages.calibrate import probe_rank
 from flowra_pipelines.stages.setting import Layers, Setting, base_model, load_setting, lora_layers, survey
@@ -363,10 +363,8 @@ def as_profile(layers: Layers, found: Mapping[Kind, Gains]) -> FlowProfile:
     """Write the estimators down as the stage calibrate does."""
     table: dict[str, dict[str, float]] = {name: {} for name in layers.costs}
     for kind, gains in found.items():
-        sensitivity, error = psi(gains, layers.costs)
-        for name, row in table.items():
-            row |= {f"gain_{kind}": gains.gain[name], f"gain_{kind}_stderr": gains.stderr[name]}
-            row |= {f"psi_{kind}": sensitivity[name], f"psi_{kind}_stderr": error[name]}
+        for name, known in profiled(kind, gains, layers.costs).items():
+            table[name] |= known
     return FlowProfile(
         modules={
             name: ModuleProfile(shape=layers.shapes[name], cost_per_rank=layers.costs[name], statistics=row)

@@ -44,7 +44,7 @@ from flowra_analysis import (
 from flowra_pipelines.stages.setting import Layers, Setting, lora_layers
 from flowra_pipelines.tasks import Batch
 
-__all__ = ["KINDS", "LOOK_AT_EXAMPLES", "Estimates", "Gains", "Kind", "estimate", "psi"]
+__all__ = ["KINDS", "LOOK_AT_EXAMPLES", "Estimates", "Gains", "Kind", "estimate", "profiled", "psi"]
 
 Kind = Literal["probe", "fisher", "gradient", "kfac_gradient", "magnitude", "snr"]
 KINDS: tuple[Kind, ...] = ("probe", "fisher", "gradient", "kfac_gradient", "magnitude", "snr")
@@ -64,7 +64,7 @@ class Gains:
     gain: Values
     """Module name to what its first unit of rank is worth, ≥ 0."""
     stderr: Values
-    """Module name to the jackknife's standard error over batches; 0 where there is one batch, or no example counts."""
+    """Module name to the jackknife's standard error over batches; empty with one batch, or where no example counts."""
     spectra: dict[str, Tensor] | None
     """Module name to the values of all units, ``(r,)``, non-increasing, float64; None for an estimator without."""
     cost: float
@@ -174,6 +174,27 @@ def psi(gains: Gains, costs: Mapping[str, int]) -> tuple[Values, Values]:
     return found.gain, _jackknife(found)
 
 
+def profiled(kind: str, gains: Gains, costs: Mapping[str, int]) -> dict[str, Values]:
+    """Return what a profile holds of an estimator: gains and ψ, with standard errors where they are known.
+
+    Args:
+        kind: of the estimator.
+        gains: what it says.
+        costs: module name to parameters per unit of rank.
+
+    Returns:
+        Module name to statistics.
+    """
+    values, errors = psi(gains, costs)
+    columns = {
+        f"gain_{kind}": gains.gain,
+        f"gain_{kind}_stderr": gains.stderr,
+        f"psi_{kind}": values,
+        f"psi_{kind}_stderr": errors,
+    }
+    return {name: {key: each[name] for key, each in columns.items() if name in each} for name in costs}
+
+
 def _adapters(model: nn.Module, layers: Layers, kinds: Sequence[Kind]) -> dict[str, LoRA]:
     """Return the modules' adapters where an estimator needs them."""
     if not {"probe", "magnitude"} & set(kinds):
@@ -274,9 +295,15 @@ def _measured(
     if "kfac_gradient" in kinds:
         whole |= {"factors": KFAC.init(), "mean": MeanGradients.init()}
     parts: list[dict[str, Any]] = []
-    for batch in batches:
+    for index, batch in enumerate(batches):
         seen = measure(
-            model, [batch], losses, list(layers.shapes), {**begun, **whole}, mask=lambda each: each["attention_mask"]
+            model,
+            [batch],
+            losses,
+            list(layers.shapes),
+            {**begun, **whole},
+            mask=lambda each: each["attention_mask"],
+            first_batch=index,
         )
         whole = {kind: seen.pop(kind) for kind in whole}
         parts.append(seen)
@@ -354,10 +381,10 @@ def _first(spectra: Mapping[str, Tensor]) -> Values:
 
 
 def _jackknife(found: Found) -> Values:
-    """Estimate standard errors from the replicates; 0 without any."""
+    """Estimate standard errors from the replicates; none of fewer than two, for then they are unknown."""
     count = len(found.replicates)
     if count < 2:
-        return dict.fromkeys(found.gain, 0.0)
+        return {}
     table = {name: torch.tensor([each[name] for each in found.replicates], dtype=torch.float64) for name in found.gain}
     return {name: float(((count - 1) * each.var(correction=0)).sqrt()) for name, each in table.items()}
 

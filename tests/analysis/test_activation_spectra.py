@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flowra_analysis import ActivationSpectra, SecondMoment, Signals, effective_rank, measure
+from flowra_analysis import KFAC, ActivationSpectra, SecondMoment, Signals, effective_rank, measure
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -120,6 +120,37 @@ def test_equal_memory_with_other_content_is_another_input() -> None:
     for name, x in (("a", first), ("b", memory)):
         exact = torch.linalg.svdvals(x.flatten(0, 1)) / 6**0.5
         torch.testing.assert_close(found[name].singular_values, exact, rtol=1e-10, atol=0)
+
+
+class Ids(nn.Module):
+    """Three layers, each on one-hot inputs of its own: all of these have the same sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(64, 8) for _ in range(3))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hot = nn.functional.one_hot(ids, 64).to(self.a.weight.dtype)
+        made: Tensor = self.a(hot[:, 0]) + self.b(hot[:, 1]) + self.c(hot[:, 2])
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inputs_that_lie_at_one_address_one_after_another_are_told_apart(dtype: torch.dtype) -> None:
+    ids = torch.stack([torch.randint(0, most, (16, 8)) for most in (4, 32, 64)], dim=1)
+    seen = measure(Ids().to(dtype), [ids], loss, ["a", "b", "c"], {"x": ActivationSpectra.init()})["x"]
+    assert len(seen.moments) == 3
+    for index, each in enumerate(seen.finalise().values()):
+        shares = torch.bincount(ids[:, index].flatten(), minlength=64) / 128
+        torch.testing.assert_close(each.singular_values.square(), shares.sort(descending=True).values.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_q_k_and_v_share_their_moments_in_any_precision(dtype: torch.dtype) -> None:
+    begun = {"x": ActivationSpectra.init(), "factors": KFAC.init()}
+    seen = measure(Attention().to(dtype), [drawn(2, 3, 6).to(dtype)], loss, ["q", "k", "v", "o"], begun)
+    assert len(seen["x"].moments) == 2
+    assert len({id(each.inputs.squares) for each in seen["factors"].moments.values()}) == 2
 
 
 def test_one_input_under_two_masks_is_two_inputs() -> None:

@@ -1,5 +1,6 @@
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -272,3 +273,18 @@ def test_real_bert_agrees_with_per_example_autograd(frozen: bool) -> None:
                 expected[name] += float(gradient.square().sum()) / 9
     found = fisher_trace(model.requires_grad_(not frozen), batches(), bert_loss, names)
     assert {name: each.mean for name, each in found.items()} == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("made", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_layers_whose_weight_is_made_anew_are_not_taken_for_tied(made: Callable[..., nn.Module], frozen: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(made(nn.Linear(6, 6)) for _ in range(6))).double().eval().requires_grad_(not frozen)
+    names, x = [str(index) for index in range(6)], torch.randn(5, 6, dtype=torch.float64)
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x).square().sum(1)
+
+    found = fisher_trace(model, [x], loss, names)
+    alone = {name: fisher_trace(model, [x], loss, [name])[name].mean for name in names}
+    assert {name: each.mean for name, each in found.items()} == pytest.approx(alone, rel=1e-12)

@@ -122,8 +122,13 @@ def test_profile_that_makes_no_sense_is_refused(change: dict[str, Any], message:
 @pytest.mark.parametrize(
     ("spectrum", "message"),
     [
-        (torch.ones(2, 2), "spectra must be 1-D and floating point"),
-        (torch.ones(2, dtype=torch.int64), "spectra must be 1-D and floating point"),
+        (torch.ones(2, 2), "spectra must be 1-D and of 16, 32 or 64 bits"),
+        (torch.ones(2, dtype=torch.int64), "spectra must be 1-D and of 16, 32 or 64 bits, got torch.int64"),
+        (
+            torch.ones(2).to(torch.float8_e4m3fn),
+            "spectra must be 1-D and of 16, 32 or 64 bits, got torch.float8_e4m3fn",
+        ),
+        (torch.tensor([1.0, -1.0]), "spectra must be ≥ 0, got -1.0: 'weight' of 'head/é'"),
         (torch.tensor([1.0, torch.nan]), "spectra must be finite"),
         (torch.tensor([1.0, 2.0]), "spectra must be non-increasing, got an increase: 'weight' of 'head/é'"),
     ],
@@ -148,6 +153,7 @@ def test_tensor_that_is_no_spectrum_is_refused_in_memory_and_in_files(
         ({"statistics": {"psi": float("nan")}}, "statistics must be names and finite numbers, got 'psi': nan"),
         ({"statistics": {"psi": "0.5"}}, "statistics must be names and finite numbers, got 'psi': '0.5'"),
         ({"statistics": {1: 0.5}}, "statistics must be names and finite numbers, got 1: 0.5"),
+        ({"statistics": {"psi_stderr": -1.0}}, "statistics must be standard errors ≥ 0, got 'psi_stderr': -1.0"),
     ],
 )
 def test_module_that_makes_no_sense_is_refused(change: dict[str, Any], message: str) -> None:

@@ -184,3 +184,9 @@ def test_the_fisher_trace_on_a_frozen_quantised_layer_is_that_of_the_weight_it_s
 
     found, expected = (fisher_trace(nn.Sequential(each), batch, loss, ["0"])["0"] for each in (layer, twin))
     assert found.mean == pytest.approx(expected.mean, rel=1e-3)
+
+
+def test_what_hangs_on_a_quantised_layer_is_none_of_its_weight() -> None:
+    layer, expected = quantised("nf4")
+    layer.register_forward_hook(lambda module, args, output: output + 3 * args[0].sum(-1, keepdim=True))
+    torch.testing.assert_close(weight_matrix(layer), expected.float(), rtol=1e-5, atol=1e-6)

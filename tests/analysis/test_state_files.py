@@ -14,9 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flowra_analysis import (
+    EKFAC,
+    ActivationSpectra,
     DiagonalFisher,
     EmpiricalFisher,
     GradientSpectra,
+    MeanGradients,
     Signals,
     read_state,
     state_files,
@@ -347,6 +350,59 @@ def test_sums_of_a_diagonal_fisher_must_fit_its_reduction(tmp_path: Path) -> Non
     changed(tmp_path / "state", lambda c, t: at(c, "state").update(reduction="none"))
     with pytest.raises(ValueError, match=r"of 2 axes, got torch.float64 \(5,\) for 'a'; at state"):
         read_state(tmp_path / "state", DiagonalFisher)
+
+
+def impossible(path: Path, state: object, change: Callable[[Content, dict[str, Tensor]], object], match: str) -> None:
+    write_state(state, path)
+    changed(path, change)
+    with pytest.raises(ValueError, match=match):
+        read_state(path, type(state))
+
+
+def test_sums_of_squares_below_zero_are_refused(tmp_path: Path) -> None:
+    signals = Signals(torch.randn(2, 3, 4), torch.randn(2, 3, 5))
+    factors = KFAC.init().update("a", signals)
+    states = [
+        factors,
+        DiagonalFisher.init(reduction="rows").update("a", signals),
+        EKFAC.init(factors.finalise()).update("a", signals),
+        ActivationSpectra.init().update("a", signals),
+    ]
+
+    def change(content: Content, tensors: dict[str, Tensor]) -> None:
+        for each in tensors.values():
+            each.copy_(-each.abs())
+
+    for index, state in enumerate(states):
+        impossible(tmp_path / str(index), state, change, "sums of squares must be ≥ 0, got -")
+
+
+def test_what_was_corrected_must_fit_its_bases(tmp_path: Path) -> None:
+    signals = Signals(torch.randn(2, 3, 4), torch.randn(2, 3, 5))
+    state = EKFAC.init(KFAC.init().update("a", signals).finalise()).update("a", signals)
+    cases: list[tuple[Callable[[Content, dict[str, Tensor]], object], str]] = [
+        (lambda c, t: at(c, "state", "counts").update(a=-3), "of -3 examples"),
+        (lambda c, t: at(c, "state").update(counts={}), "must be of the same modules"),
+        (lambda c, t: t.update({at(c, "state", "sums", "a")["tensor"]: torch.ones(5, 3)}), "must have shapes"),
+    ]
+    for index, (change, match) in enumerate(cases):
+        impossible(tmp_path / str(index), state, change, match)
+
+
+def test_a_moment_has_a_module_and_a_module_a_moment(tmp_path: Path) -> None:
+    state = ActivationSpectra.init().update("a", Signals(torch.randn(2, 3, 4), torch.randn(2, 3, 5)))
+    impossible(tmp_path / "state", state, lambda c, t: at(c, "state", "keys").update(a="zzz"), "those of the moments")
+
+
+def test_mean_gradients_are_of_examples(tmp_path: Path) -> None:
+    state = MeanGradients.init().update("a", Signals(torch.randn(2, 3, 4), torch.randn(2, 3, 5)))
+    gradient = ("state", "gradients", "a")
+    cases: list[tuple[Callable[[Content, dict[str, Tensor]], object], str]] = [
+        (lambda c, t: at(c, *gradient).update(num_examples=0), "of at least one example"),
+        (lambda c, t: t.update({k: each.long() for k, each in t.items()}), "torch.float32 or torch.float64"),
+    ]
+    for index, (change, match) in enumerate(cases):
+        impossible(tmp_path / str(index), state, change, match)
 
 
 def test_a_class_that_refuses_a_value_says_so(tmp_path: Path) -> None:

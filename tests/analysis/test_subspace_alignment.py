@@ -287,6 +287,7 @@ def test_a_history_comes_back_from_json_as_it_was() -> None:
         ({"more": 1}, "content must hold format_version 1 and steps"),
         ({"steps": []}, "steps must be an object, got list"),
         ({"steps": {"-1": {}}}, "steps must be whole numbers ≥ 0, got '-1'"),
+        ({"steps": {"1": [1]}}, r"steps must hold objects, got \[1\] at step 1"),
         ({"steps": {"1": {"q": {"shape": [1, 2]}}}}, "keys must be .* for module 'q' at step 1"),
     ],
 )
@@ -311,4 +312,12 @@ def test_damaged_values_are_refused(key: str, value: object) -> None:
     content = AlignmentHistory().update(1, {"q": alignment()}).as_json()
     content["steps"]["1"]["q"][key] = value
     with pytest.raises(ValueError, match=r"must be (finite|whole) numbers.* for module 'q' at step 1"):
+        AlignmentHistory.from_json(content)
+
+
+@pytest.mark.parametrize(("key", "value"), [("right_share", 17.0), ("left_overlap", -0.1), ("uncertainty", -1.0)])
+def test_impossible_shares_are_refused(key: str, value: float) -> None:
+    content = AlignmentHistory().update(1, {"q": alignment()}).as_json()
+    content["steps"]["1"]["q"][key] = value
+    with pytest.raises(ValueError, match=r"shares must be in \[0, 1\] and the uncertainty ≥ 0, got .* for module 'q'"):
         AlignmentHistory.from_json(content)

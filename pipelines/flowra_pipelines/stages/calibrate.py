@@ -34,7 +34,7 @@ from flowra_analysis import (
 from flowra_pipelines import loss_figure, report_figures
 from flowra_pipelines.data import Examples, TextData
 from flowra_pipelines.errors import UserError
-from flowra_pipelines.estimators import Estimates, estimate, psi
+from flowra_pipelines.estimators import Estimates, estimate, profiled
 from flowra_pipelines.learning_rate import propose, with_rate
 from flowra_pipelines.report import profile_report
 from flowra_pipelines.run_config import RunConfig
@@ -95,7 +95,11 @@ def calibrate(config: RunConfig, folder: Path) -> StageResult:
     if config.calibration.report:
         (folder / "report.html").write_text(profile_report(profile)[1], encoding="utf-8")
     sensitivity = {name: module.statistics["psi"] for name, module in profile.modules.items()}
-    errors = {name: module.statistics["psi_stderr"] for name, module in profile.modules.items()}
+    errors = {
+        name: module.statistics["psi_stderr"]
+        for name, module in profile.modules.items()
+        if "psi_stderr" in module.statistics
+    }
     peak = sum(layers.costs[name] * ranks[name] for name in ranks)
     return StageResult(
         metrics=phase_metrics(curve),
@@ -194,12 +198,12 @@ def _profile(
 ) -> FlowProfile:
     statistics: dict[str, dict[str, float]] = {name: {} for name in layers.costs}
     for kind, gains in found.gains.items():
-        values, errors = psi(gains, layers.costs)
-        for name, own in statistics.items():
-            own |= {f"gain_{kind}": gains.gain[name], f"gain_{kind}_stderr": gains.stderr[name]}
-            own |= {f"psi_{kind}": values[name], f"psi_{kind}_stderr": errors[name]}
-            if kind == "probe":
-                own |= {"psi": values[name], "psi_stderr": errors[name]}
+        for name, known in profiled(kind, gains, layers.costs).items():
+            statistics[name] |= known
+            if kind == "probe":  # the run's own
+                statistics[name] |= {
+                    key.replace("_probe", ""): value for key, value in known.items() if key[:3] == "psi"
+                }
     spectra, ranks = spectra_of(model, layers, found)
     for name, own in statistics.items():
         own |= ranks[name]
@@ -220,6 +224,7 @@ def _profile(
             "labels": config.calibration.labels,
             "probe_steps": config.probe_steps,
             "budget_parameters": layers.budget,
+            **{f"cost_{kind}": gains.cost for kind, gains in found.gains.items()},
         },
     )
 

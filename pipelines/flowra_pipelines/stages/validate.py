@@ -40,6 +40,11 @@ def validate(config: RunConfig, folder: Path) -> StageResult:
     content = validation(
         profile,
         ablations,
+        costs={
+            key.removeprefix("cost_"): float(value)
+            for key, value in profile.provenance.items()
+            if key.startswith("cost_")
+        },
         provenance={"examples": config.validation.examples, "seed": config.seed},
         seed=config.seed,
     )

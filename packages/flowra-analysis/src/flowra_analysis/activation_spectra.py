@@ -5,8 +5,9 @@ second moment C = E_t[x xᵀ] (not centred: a mean is a direction as well). The 
 Those of an embedding are one-hot, so C holds the shares of the ids on its diagonal, and those are its eigenvalues.
 
 Modules that see the same input, such as Q, K and V, hold one moment in common. It is noticed, not declared: a moment is
-known by the inputs that went into it, and where the next input of two modules with one moment lies in the same memory,
-it is added once. Of an embedding and the head tied to it name one: joined, their "inputs" include gradients.
+known by the inputs that went into it, each told by a random projection of its values, and where the next input of two
+modules with one moment is the same, it is added once. Of an embedding and the head tied to it name one: joined, their
+"inputs" include gradients.
 
 Source: docs/methods.md, sections 3 and 11.
 """
@@ -185,11 +186,18 @@ def _joined(ours: Mapping[str, Value], theirs: Mapping[str, Value]) -> dict[str,
 
 
 def _fingerprint(signals: Signals) -> tuple[object, ...]:
-    """Tell an input from all others that are alive, and from one that lay at the same place before."""
+    """Tell an input from all others by what it holds: its address may be another's when it is gone."""
     x = signals.x
-    content = (x.sum(), signals.real, signals.columns)
-    values = [None if each is None else float(each.sum()) for each in content]
-    return x.device, x.dtype, x.data_ptr(), tuple(x.shape), x.stride(), values
+    return x.device, x.dtype, tuple(x.shape), *map(_projection, (x, signals.real, signals.columns))
+
+
+def _projection(values: Tensor | None) -> float | None:
+    """Return uᵀ V w with fixed normal u and w, V the values with all axes but the last as rows."""
+    if values is None:
+        return None
+    rows = values.reshape(-1, values.shape[-1]).to(torch.promote_types(values.dtype, torch.float32))
+    normal = torch.randn(sum(rows.shape), generator=torch.Generator().manual_seed(0)).to(rows)
+    return float(normal[: len(rows)] @ (rows @ normal[len(rows) :]))
 
 
 def _digest(*parts: object) -> str:

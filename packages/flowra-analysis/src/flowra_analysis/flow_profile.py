@@ -25,6 +25,8 @@ JSON_NAME = "profile.json"
 TENSORS_NAME = "profile.safetensors"
 MAX_JSON_BYTES = 64 * 2**20
 MAX_INTEGER = 2**63 - 1
+DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+"""Of spectra."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,8 +48,7 @@ class ModuleProfile:
         if not _is_count(self.cost_per_rank):
             raise ValueError(f"cost_per_rank must be a whole number ≥ 1, got {short_repr(self.cost_per_rank)}")
         for key, value in self.statistics.items():
-            if not isinstance(key, str) or not _is_number(value):
-                raise ValueError(f"statistics must be names and finite numbers, got {key!r}: {short_repr(value)}")
+            _check_statistic(key, value, "statistics must be")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +58,7 @@ class FlowProfile:
     modules: Mapping[str, ModuleProfile]
     """Qualified module name to what is known of it; at least one."""
     spectra: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
-    """Kind (such as ``flow_gains`` or ``weight``) to module name to spectrum: 1-D, floating point, finite,
+    """Kind (such as ``flow_gains`` or ``weight``) to module name to spectrum: 1-D, float, finite, ≥ 0,
     non-increasing. A kind may cover some of the modules only, but no others."""
     blocks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Qualified name of a block of layers to statistics by name, such as those of :class:`BlockJacobian`."""
@@ -81,10 +82,7 @@ class FlowProfile:
                 )
         for name, statistics in self.blocks.items():
             for key, value in statistics.items():
-                if not isinstance(key, str) or not _is_number(value):
-                    raise ValueError(
-                        f"blocks must have names and finite numbers, got {key!r}: {short_repr(value)} for {name!r}"
-                    )
+                _check_statistic(key, value, "blocks must have", f" for {name!r}")
         for kind, by_module in self.spectra.items():
             if not kind or "/" in kind:
                 raise ValueError(f"kinds of spectra must be names without '/', got {kind!r}")
@@ -144,7 +142,7 @@ def read_profile(folder: str | Path) -> FlowProfile:
     path = folder / JSON_NAME
     content = _read_json(path)
     version = content.get("format_version")
-    if isinstance(version, bool) or version != FlowProfile.format_version:
+    if type(version) is not int or version != FlowProfile.format_version:
         raise ValueError(f"format_version must be {FlowProfile.format_version}, got {short_repr(version)}; in {path}")
     _require_keys(content, {"format_version", "base_parameters", "modules", "blocks", "provenance"}, str(path))
     modules = {name: _module(name, entry, path) for name, entry in _object(content, "modules", path).items()}
@@ -238,14 +236,23 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _check_spectrum(spectrum: Tensor, what: str) -> None:
-    if spectrum.ndim != 1 or not spectrum.is_floating_point():
+    if spectrum.ndim != 1 or spectrum.dtype not in DTYPES:
         raise ValueError(
-            f"spectra must be 1-D and floating point, got {spectrum.dtype} {tuple(spectrum.shape)}: {what}"
+            f"spectra must be 1-D and of 16, 32 or 64 bits, got {spectrum.dtype} {tuple(spectrum.shape)}: {what}"
         )
     if not torch.isfinite(spectrum).all():
         raise ValueError(f"spectra must be finite, got NaN or infinity: {what}")
     if (spectrum[1:] > spectrum[:-1]).any():
         raise ValueError(f"spectra must be non-increasing, got an increase: {what}")
+    if len(spectrum) and float(spectrum[-1]) < 0:
+        raise ValueError(f"spectra must be ≥ 0, got {float(spectrum[-1])}: {what}")
+
+
+def _check_statistic(key: object, value: object, what: str, where: str = "") -> None:
+    if not isinstance(key, str) or not _is_number(value):
+        raise ValueError(f"{what} names and finite numbers, got {key!r}: {short_repr(value)}{where}")
+    if key.endswith("_stderr") and float(value) < 0:  # type: ignore[arg-type]
+        raise ValueError(f"{what} standard errors ≥ 0, got {key!r}: {value}{where}")
 
 
 def _is_count(value: object) -> bool:

@@ -201,7 +201,7 @@ def _weight_by_unit_vectors(module: nn.Linear) -> Tensor:
     dtype = getattr(module, "compute_dtype", None) or torch.get_default_dtype()
     units = torch.eye(module.in_features + 1, module.in_features, device=device, dtype=dtype)  # and the zero vector
     with torch.no_grad():
-        made: Tensor = nn.Module.__call__(module, units)
+        made: Tensor = module.forward(units)  # without hooks: an adapter on the layer is none of its weight
     return (made[:-1] - made[-1:]).T
 
 

@@ -6,7 +6,7 @@ statistics are fed together, split over batches and processes, and merged. Those
 own needs only the three methods of :class:`Statistic`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol, Self, TypeVar
 
 import torch
@@ -52,6 +52,7 @@ def measure(
     statistics: Mapping[str, State],
     *,
     mask: Callable[[Batch], Tensor] | None = None,
+    first_batch: int = 0,
 ) -> dict[str, State]:
     """Feed several statistics from one forward and backward pass over each batch.
 
@@ -62,6 +63,7 @@ def measure(
         module_names: exact qualified names of layers, see :func:`is_measurable_layer`.
         statistics: states by any name of one's own, new ones or such that have seen other data.
         mask: ``batch`` to ``(N, T)``, nonzero at real tokens; see :func:`layer_signals`.
+        first_batch: index of the first of these batches, for error messages, where they are a part of several.
 
     Returns:
         The states that have also seen these batches, by the same names.
@@ -77,14 +79,27 @@ def measure(
     (['fisher', 'gradient'], [''])
     """
     states = dict(statistics)
-    for index, batch in enumerate(per_example_signals(model, batches, per_example_loss, module_names, mask=mask)):
-        for name, narrow in batch.items():
-            signals = _wide(narrow)  # once for all statistics, each of which accumulates in float32 at least
+    seen = per_example_signals(model, batches, per_example_loss, module_names, mask=mask, first_batch=first_batch)
+    for index, batch in enumerate(seen, start=first_batch):
+        for name, signals in _widened(batch):
             states = {kind: state.update(name, signals, batch=index) for kind, state in states.items()}
     return states
 
 
-def _wide(signals: Signals) -> Signals:
-    """Give x and g at least float32."""
-    x, g = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in signals[:2])
-    return signals._replace(x=x, g=g)
+def _widened(batch: Mapping[str, Signals]) -> Iterator[tuple[str, Signals]]:
+    """Give x and g at least float32: once for all statistics, and once for neighbours of one input (Q, K and V)."""
+    last, x = Tensor(), Tensor()
+    for name, narrow in batch.items():
+        if not _is_same(narrow.x, last):
+            last, x = narrow.x, _wide(narrow.x)
+        yield name, narrow._replace(x=x, g=_wide(narrow.g))
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Tell whether two tensors, both alive, are the same place seen the same way."""
+    places = [(each.data_ptr(), each.dtype, each.device, each.shape, each.stride()) for each in (one, other)]
+    return places[0] == places[1]

@@ -23,6 +23,7 @@ def per_example_signals(
     module_names: Iterable[str],
     *,
     mask: Callable[[Batch], Tensor] | None = None,
+    first_batch: int = 0,
 ) -> Iterator[dict[str, Signals]]:
     """Run the batches and yield, for each, the signals of every named module: one pass can feed several statistics.
 
@@ -40,6 +41,7 @@ def per_example_signals(
             never over the batch.
         module_names: exact qualified names of layers, see :func:`is_measurable_layer`.
         mask: ``batch`` to ``(N, T)``, nonzero at real tokens; see :func:`layer_signals`.
+        first_batch: index of the first of these batches, for error messages.
 
     Yields:
         Module name to signals, in the order of ``module_names``; x and g are laid out as :func:`layer_signals` says.
@@ -58,7 +60,7 @@ def per_example_signals(
     torch.Size([1, 1, 3]) torch.Size([1, 1, 2]) None
     """
     modules = measurable_modules(model, module_names)
-    for index, batch in enumerate(batches):
+    for index, batch in enumerate(batches, start=first_batch):
         with evaluation_mode(model), torch.enable_grad():
             real = None if mask is None else mask(batch)
             if real is not None and real.ndim == 2 and bool(real.all()):
@@ -108,7 +110,8 @@ def _joined(modules: Mapping[str, nn.Module], signals: Mapping[str, Signals]) ->
     owners: dict[int, str] = {}
     calls: dict[str, list[Signals]] = {}
     for name, module in modules.items():
-        owner = owners.setdefault(id(module.weight), name)
+        weight = module._parameters.get("weight")  # not what a parametrization makes anew each time it is asked for
+        owner = owners.setdefault(id(module if weight is None else weight), name)
         call = signals[name]
         if stores_transpose(module) != stores_transpose(modules[owner]):  # an embedding and the head tied to it
             calls[owner] = [dense(each) for each in calls[owner]]

@@ -22,7 +22,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from flowra_analysis.activation_spectra import ActivationSpectra
+from flowra_analysis.diagonal_fisher import DiagonalFisher
+from flowra_analysis.ekfac import EKFAC, Basis
 from flowra_analysis.empirical_fisher import Moments
+from flowra_analysis.flow_spectrum import GradientSum
 from flowra_analysis.gradient_spectrum import CORE_FACTOR, NUM_CHECKS, GradientSketch
 from flowra_analysis.second_moments import SecondMoment
 from flowra_analysis.whole_files import replacing
@@ -327,6 +331,7 @@ def _check(value: object) -> None:
         case SecondMoment(probes=probes, sums=sums, squares=squares):
             if squares.ndim not in {1, 2} or value.count < 0 or (sums is None and probes is not None):
                 raise ValueError(f"squares must be (d,) or (G, d), got {tuple(squares.shape)} of {value.count} vectors")
+            _check_squares(squares)
             size = squares.shape[-1]
             columns = size if probes is None else probes.shape[-1]
             parts: list[tuple[Tensor | None, tuple[int, ...]]] = [
@@ -336,6 +341,39 @@ def _check(value: object) -> None:
             ]
             there = [(tensor, shape) for tensor, shape in parts if tensor is not None]
             _check_shapes([tensor for tensor, _ in there], [shape for _, shape in there])
+        case GradientSum(num_examples=count, sum=total):
+            if count < 1 or total.ndim != 2:
+                raise ValueError(f"sums must be (m, n) of at least one example, got {tuple(total.shape)} of {count}")
+            _check_shapes([total], [tuple(total.shape)])
+        case DiagonalFisher(sums=by_module):
+            for total in by_module.values():
+                _check_squares(total)
+        case ActivationSpectra(keys=keys, moments=moments):
+            if set(keys.values()) != set(moments):
+                raise ValueError(
+                    f"keys must be those of the moments, got {short_repr(keys)} for {len(moments)} moments"
+                )
+        case EKFAC(bases=bases, sums=by_module, counts=counts):
+            if not bases.keys() == by_module.keys() == counts.keys():
+                raise ValueError(f"bases, sums and counts must be of the same modules, got {short_repr([*bases])}")
+            for name, basis in bases.items():
+                _check_corrected(basis, by_module[name], counts[name])
+
+
+def _check_corrected(basis: Basis, sums: Tensor, count: int) -> None:
+    """Check the bases of one layer beside what was summed in them."""
+    if sums.ndim not in {2, 3} or count < 0:
+        raise ValueError(f"sums must be (m, n) or (G, m/G, n), got {tuple(sums.shape)} of {count} examples")
+    *groups, m, n = sums.shape
+    sizes = [(basis.inputs, n), (basis.gradients, m)]
+    there = [(each, (*groups, size, size)) for each, size in sizes if each is not None]
+    _check_shapes([sums, *(each for each, _ in there)], [(*groups, m, n), *(shape for _, shape in there)])
+    _check_squares(sums)
+
+
+def _check_squares(sums: Tensor) -> None:
+    if (sums < 0).any():
+        raise ValueError(f"sums of squares must be ≥ 0, got {float(sums.min())}")
 
 
 def _check_shapes(tensors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> None:

@@ -37,6 +37,8 @@ __all__ = [
     "subspace_overlap",
 ]
 
+ROUNDING = 1e-3
+"""By which a share that was computed in single precision may miss [0, 1]."""
 PHASES = (500, 1000, 2000)
 """Where phases of training end: steps 0–500, 500–1000, 1000–2000, and later."""
 
@@ -227,6 +229,8 @@ class AlignmentHistory:
         for step, alignments in content["steps"].items():
             if not step.isdecimal():
                 raise ValueError(f"steps must be whole numbers ≥ 0, got {step!r}")
+            if not isinstance(alignments, Mapping):
+                raise ValueError(f"steps must hold objects, got {alignments!r:.200} at step {step}")
             read = {name: _read(entry, f"module {name!r} at step {step}") for name, entry in alignments.items()}
             history = history.update(int(step), read)
         return history
@@ -388,6 +392,9 @@ def _read(entry: Mapping[str, Any], where: str) -> Alignment:
     numbers = {key: entry[key] for key in names - {"shape", "rank_A", "rank_B", "leading"}}
     if any(type(each) not in (int, float) or not math.isfinite(each) for each in numbers.values()):
         raise ValueError(f"shares must be finite numbers, got {numbers}; for {where}")
+    rest = numbers.pop("uncertainty")
+    if rest < 0 or any(not -ROUNDING <= each <= 1 + ROUNDING for each in numbers.values()):
+        raise ValueError(f"shares must be in [0, 1] and the uncertainty ≥ 0, got {numbers}, {rest}; for {where}")
     return Alignment(**{**entry, "shape": tuple(entry["shape"])})
 
 
