@@ -1,6 +1,6 @@
 """Which estimator of a module's worth means something, and at what price.
 
-FLOWRA_DATA=… python benchmarks/bench_estimator_validity.py FOLDER [--quick] [--only minilm/sst2,…] [--threads 1]
+FLOWRA_DATA=… python benchmarks/bench_estimator_validity.py FOLDER [--quick] [--only minilm/sst2,…] [--finished]
 
 On each model and task an adapter is trained, every estimator asked, and its order of modules compared with what taking
 rank away does to the held-out loss, signed: positive where the rank helped. The regime, and why:
@@ -12,17 +12,19 @@ rank away does to the held-out loss, signed: positive where the rank helped. The
   on which rank is taken away. Both losses, with the updates and without, are written down for the whole grid.
 - Held out is a part of the training file: development sets may differ (SST-2 trains on phrases), and the estimators
   speak of the loss that is trained on. Equal texts stay on one side; phrases of one sentence may not.
-- What was left out is not hidden: leave-one-rank-out at every rate of the grid, at the end and in the middle of a
-  schedule, signed and by its size; estimators asked in the middle against rank taken away at the end; and the change
-  of the outputs, which has no sign.
+- What was left out is not hidden: on MiniLM leave-one-rank-out at every rate of the grid, at the end and in the
+  middle of a schedule, signed and by its size; estimators asked in the middle against rank taken away at the end; and
+  the change of the outputs, which has no sign.
 
 A loss change is KL(with ‖ without) plus a linear term, by which labels differ from what the adapter predicts. Gains
 are of second order, so they speak of the first. The sign of the second may be that of over- and undershooting: our
 reading, not tested.
 
 Then: do profiles of other examples, of other numbers of examples and of other tasks, and of an NF4 base, say the same.
-Each task's numbers lie in FOLDER/<model>-<task>.json and are read again by a run that was broken off. `--quick` is one
-task, too small for its numbers to mean anything, and writes no results.
+Each task's numbers lie in FOLDER/<model>-<task>.json and are read again by a run that was broken off; processes that
+are given the same FOLDER share the tasks, and `--finished` reports what is there. The price of `probe` and `magnitude`
+is that of asking: the adapter that they look at has been trained, which a run does anyway. `--quick` is one task, too
+small for its numbers to mean anything, and writes no results.
 """
 
 import argparse
@@ -31,14 +33,14 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from _results import Row, write
+from _shared_work import claimed
 from _smollm2 import smollm2
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -59,6 +61,7 @@ from flowra_pipelines.validation_runs import (
     held_out_batches,
     held_out_losses,
     leave_one_rank_out,
+    loss_change,
     run_ablations,
     train_probe,
 )
@@ -91,7 +94,8 @@ class Size:
     """Learning rates to choose from."""
     at_every_rate: bool = True
     """Whether leave-one-rank-out is measured at the other rates, too."""
-    removed: tuple[Removed, ...] = ("first", "last", "module")
+    removed: tuple[Removed, ...] = ("last", "module")
+    """What is taken away beside the first unit of rank."""
     retrained: int
     timed: int
     """Batches on which the estimators are timed."""
@@ -114,11 +118,11 @@ SIZES = {
         steps=100,
         sizes=(32, 64, 128),
         examples=128,
-        held_out=32,
-        tuning=32,
+        held_out=64,
+        tuning=64,
         rates=(5e-4, 1e-3, 2e-3),
-        at_every_rate=False,  # 211 passes each
-        removed=("first", "module"),
+        at_every_rate=False,  # 211 passes each, as everything that is taken away
+        removed=(),
         retrained=4,
         timed=2,
         steady=("probe", "fisher", "gradient"),  # factorising 210 layers takes minutes
@@ -130,7 +134,7 @@ SIZES = {
         held_out=16,
         tuning=16,
         rates=(1e-3, 4e-3),
-        removed=("first",),
+        removed=(),
         retrained=1,
         timed=1,
     ),
@@ -244,31 +248,42 @@ def tuning_batches(probe: Probe, size: Size) -> list[Batch]:
     ]
 
 
-def output_changes(probe: Probe, spectra: Mapping[str, FlowSpectrum], size: Size) -> dict[str, LossChange]:
-    """Take the first unit of rank away and look at the outputs alone; labels are not looked at.
+def first_units(
+    probe: Probe, spectra: Mapping[str, FlowSpectrum], size: Size
+) -> tuple[dict[str, LossChange], dict[str, LossChange]]:
+    """Take the first unit of rank away; look at the loss and, in the same passes, at the outputs alone.
 
-    The loss change on labels that the probe itself would give: KL(with ‖ without), summed over the example's tokens,
-    or the squared change of the number. It is what the loss change would be if the probe were right about how likely
-    the labels are, and has no linear term; a gain is its second-order term.
+    The change of the outputs is that of the loss on labels that the probe itself would give: KL(with ‖ without),
+    summed over the example's tokens, or the squared change of the number. It is what the loss change would be if the
+    probe were right about how likely the labels are, and has no linear term; a gain is its second-order term.
 
     Returns:
-        Module name to change, each ≥ 0.
+        Module name to loss change, and to change of the outputs, each ≥ 0.
     """
     batches = held_out_batches(probe.config, probe.setting, examples=size.held_out)
-    kept: list[Tensor] = []
+    now: list[Tensor] = []
+    before: list[Tensor] = []
+    moved: list[Tensor] = []
 
-    @torch.no_grad()
-    def changes() -> Tensor:
-        probe.model.eval()
-        found = []
-        for index, batch in enumerate(batches):
-            logits = probe.model(**{key: value for key, value in batch.items() if key != "labels"}).logits.float()
-            if len(kept) <= index:
-                kept.append(logits)
-            found.append(divergence(kept[index], logits, batch))
-        return torch.cat(found)
+    def losses() -> Tensor:
+        now.clear()
+        found = held_out_losses(probe.model, probe.setting, batches)
+        if before:
+            moved.append(torch.cat([divergence(*each) for each in zip(before, now, batches, strict=True)]))
+        else:
+            before.extend(now)
+        return found
 
-    return leave_one_rank_out(probe.model, spectra, changes)
+    hook = probe.model.register_forward_hook(lambda model, args, output: now.append(output.logits.float()))
+    try:
+        changes = leave_one_rank_out(probe.model, spectra, losses)
+    finally:
+        hook.remove()
+    outputs = {
+        name: loss_change(each, torch.zeros_like(each), parameters=changes[name].parameters)
+        for name, each in zip(changes, moved, strict=True)
+    }
+    return changes, outputs
 
 
 def divergence(ours: Tensor, theirs: Tensor, batch: Batch) -> Tensor:
@@ -294,22 +309,30 @@ def spectra_of(found: Mapping[Kind, Gains]) -> dict[str, FlowSpectrum]:
     return {name: flow_spectrum(sum(each[1:], each[0])) for name, each in grams.items()}
 
 
-def at_rate(one: Tried, size: Size) -> dict[str, Any]:
+def at_rate(one: Tried, size: Size, found: Mapping[Kind, Gains], changes: Mapping[str, LossChange]) -> dict[str, Any]:
     """Compare the estimators that cost little with leave-one-rank-out at one learning rate."""
-    probe = one.probe
-    found = ask(probe, probe.batches[: size.examples // probe.config.calibration.batch_size], CHEAP)
-    batches = held_out_batches(probe.config, probe.setting, examples=size.held_out)
-    losses = partial(held_out_losses, probe.model, probe.setting, batches)
-    changes = leave_one_rank_out(probe.model, spectra_of(found), losses)
     signed = {name: each.loss_change for name, each in changes.items()}
     size_of = {name: abs(change) for name, change in signed.items()}
     return {
         "loss": one.loss,
         "without_updates": one.without_updates,
         "share_helping": statistics.mean(change > 0 for change in signed.values()),
-        "signed": {kind: spearman(each.gain, signed) for kind, each in found.items()},
-        "absolute": {kind: spearman(each.gain, size_of) for kind, each in found.items()},
+        "signed": {kind: spearman(found[kind].gain, signed) for kind in CHEAP},
+        "absolute": {kind: spearman(found[kind].gain, size_of) for kind in CHEAP},
     }
+
+
+def at_another_rate(one: Tried, size: Size) -> dict[str, Any]:
+    """Ask, and take rank away, at a rate that was not chosen, or in the middle of a schedule."""
+    if not size.at_every_rate:
+        return {"loss": one.loss, "without_updates": one.without_updates}
+    found = ask(one.probe, asked_on(one.probe, size), CHEAP)
+    return at_rate(one, size, found, first_units(one.probe, spectra_of(found), size)[0])
+
+
+def asked_on(probe: Probe, size: Size) -> list[Batch]:
+    """Return the examples that estimators look at."""
+    return probe.batches[: size.examples // probe.config.calibration.batch_size]
 
 
 def pool(config: RunConfig, setting: Setting, size: Size) -> list[Batch]:
@@ -404,21 +427,39 @@ def with_factors_of(other: Probe, probe: Probe) -> Probe:
     return probe
 
 
-def measured(task: str, folder: Path, size: Size) -> dict[str, Any]:
-    """Do everything on one task, or read what was done."""
+def read(task: str, folder: Path, size: Size) -> dict[str, Any] | None:
+    """Return what was done on a task, at this size; None if nothing was.
+
+    Raises:
+        SystemExit: if it was done at another size.
+    """
     done = folder / f"{task.replace('/', '-')}.json"
-    if done.exists():
-        return cast(dict[str, Any], json.loads(done.read_text(encoding="utf-8")))
+    if not done.exists():
+        return None
+    content = cast(dict[str, Any], json.loads(done.read_text(encoding="utf-8")))
+    if content["size"] != as_json(size):
+        raise SystemExit(f"{done} must be of the size that is asked for, got {content['size']}. Give another FOLDER.")
+    return content
+
+
+def as_json(size: Size) -> dict[str, Any]:
+    """Return a size as it is read again."""
+    return cast(dict[str, Any], json.loads(json.dumps(asdict(size))))
+
+
+def measured(task: str, folder: Path, size: Size) -> dict[str, Any]:
+    """Do everything on one task."""
     probes = tried(task, folder, size, "end")
     middle = tried(task, folder, size, "middle")
     rate = min(probes, key=lambda each: probes[each].loss)
     probe = probes[rate].probe
     config, costs = probe.config, probe.layers.costs
-    batches = probe.batches[: size.examples // config.calibration.batch_size]
+    batches = asked_on(probe, size)
     found = ask(probe, batches)
     at_zero = estimate(base_model(config, probe.setting), probe.setting, probe.layers, batches, ["gradient"]).gains
     spectra = spectra_of(found)
-    ablations = run_ablations(
+    first, outputs = first_units(probe, spectra, size)
+    others = run_ablations(
         config,
         probe.setting,
         probe.model,
@@ -428,7 +469,7 @@ def measured(task: str, folder: Path, size: Size) -> dict[str, Any]:
         examples=size.held_out,
         retrained=size.retrained,
     )
-    ablations[OUTPUTS] = output_changes(probe, spectra, size)
+    ablations = {ABLATION: first, **others, OUTPUTS: outputs}
     content = validation(
         as_profile(probe.layers, found),
         ablations,
@@ -457,9 +498,7 @@ def measured(task: str, folder: Path, size: Size) -> dict[str, Any]:
         for kind, each in found.items()
     }
     content["rates"] = {
-        f"{each:g} {schedule}": at_rate(one, size)
-        if size.at_every_rate or each == rate
-        else {"loss": one.loss, "without_updates": one.without_updates}
+        f"{each:g} {schedule}": at_rate(one, size, found, first) if one is probes[rate] else at_another_rate(one, size)
         for schedule, of in (("end", probes), ("middle", middle))
         for each, one in of.items()
     }
@@ -476,6 +515,8 @@ def measured(task: str, folder: Path, size: Size) -> dict[str, Any]:
     ours = psi(found[DEFAULT], costs)[0]
     content["psi"] = {name: spearman(ours, psi(each[DEFAULT], costs)[0]) for name, each in psis.items()}
     content["densities"] = {name: gain / costs[name] for name, gain in found[DEFAULT].gain.items()}
+    content["size"] = as_json(size)
+    done = folder / f"{task.replace('/', '-')}.json"
     done.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return content
 
@@ -515,7 +556,7 @@ def show(task: str, content: Mapping[str, Any]) -> None:
         interval = "" if first is None else f"{first['low']:.2f} … {first['high']:.2f}"
         cells = "".join(f"{_cell(correlation(content, kind, ablation)):>20}" for ablation in ablations)
         error = each["psi_stderr_median"]
-        print(f"{kind:<15}{cells}{interval:>16}{each['cost']:>7.2f}{each['seconds_ratio']:>7.2f}{error:>9.3f}")
+        print(f"{kind:<15}{cells}{interval:>16}{each['cost']:>7.2f}{each['seconds_ratio']:>7.2f}{_cell(error):>9}")
     print(f"{'gradient, t=0':<15}" + "".join(f"{_cell(content['at_step_0'][each]):>20}" for each in ablations))
     print(f"{'reliability':<15}" + "".join(f"{_cell(content['reliability'][each]):>20}" for each in ablations))
     print("with its size, |loss change|")
@@ -557,10 +598,10 @@ def rows(model: str, contents: Mapping[str, Mapping[str, Any]]) -> list[Row]:
             value = mean(correlation(each, kind, ablation) for each in contents.values())
             found.append(_row(f"{model}: Spearman of {kind} with {ablation}", value))
             unsigned = mean(each["absolute"][kind][ablation] for each in contents.values())
-            found.append(_row(f"{model}: the same with the size of the change, {ablation}", unsigned))
+            found.append(_row(f"{model}: Spearman of {kind} with the size of the change, {ablation}", unsigned))
         per_kind[kind] = mean(correlation(each, kind) for each in contents.values()) or 0.0
         density = mean(correlation(each, kind, by="spearman_per_parameter") for each in contents.values())
-        found.append(_row(f"{model}: the same per parameter, {ABLATION}", density))
+        found.append(_row(f"{model}: Spearman of {kind} with {ABLATION}, per parameter", density))
         for key in next(iter(contents.values()))["estimators"][kind]["stability"]:
             steady = mean(each["estimators"][kind]["stability"].get(key) for each in contents.values())
             found.append(_row(f"{model}: stability of {kind}, {key}", steady))
@@ -571,6 +612,9 @@ def rows(model: str, contents: Mapping[str, Mapping[str, Any]]) -> list[Row]:
         found.append(
             _row(f"{model}: cost of {kind} in forward-backward passes (peer: by the clock)", cost, peer=time_ratio)
         )
+    for ablation in next(iter(contents.values()))["at_step_0"]:
+        value = mean(each["at_step_0"][ablation] for each in contents.values())
+        found.append(_row(f"{model}: Spearman of gradient before any training with {ablation}", value))
     for name in next(iter(contents.values()))["psi"]:
         lowest = min((each["psi"][name] for each in contents.values() if each["psi"][name] is not None), default=None)
         bar = 0.95 if name == "nf4" else None
@@ -635,6 +679,7 @@ def main() -> None:
         "--quick", action="store_true", help="small, by default one task; nothing is written to results"
     )
     parser.add_argument("--only", help=f"some of {', '.join(TASKS)}")
+    parser.add_argument("--finished", action="store_true", help="report the tasks that are done, and run none")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -645,15 +690,23 @@ def main() -> None:
     if not (DATA / "glue").is_dir():
         parser.error(f"FLOWRA_DATA must name the folder of the data, got {DATA}")
     folder = arguments.folder / "quick" if arguments.quick else arguments.folder
+    sizes = {task: SIZES["quick" if arguments.quick else task.partition("/")[0]] for task in tasks}
+    for wait in (False,) if arguments.finished else (False, True):  # at last, what another process began and left
+        for task in () if arguments.finished else tasks:
+            with claimed(folder / f"{task.replace('/', '-')}.json", wait=wait) as mine:
+                if mine:
+                    measured(task, folder, sizes[task])
     by_model: dict[str, dict[str, dict[str, Any]]] = {}
     for task in tasks:
-        model = task.partition("/")[0]
-        content = measured(task, folder, SIZES["quick" if arguments.quick else model])
-        by_model.setdefault(model, {})[task] = content
+        content = read(task, folder, sizes[task])
+        if content is None:
+            continue
+        by_model.setdefault(task.partition("/")[0], {})[task] = content
         show(task, content)
     print()
     found = [row for model, contents in by_model.items() for row in rows(model, contents)]
-    command = f"python benchmarks/bench_estimator_validity.py FOLDER --only {','.join(tasks)}"
+    told = ",".join(task for contents in by_model.values() for task in contents)
+    command = f"python benchmarks/bench_estimator_validity.py FOLDER --only {told}"
     if arguments.quick:
         for row in found:
             print(f"{row.what:<90} {row.ours} {'' if row.limit is None else ('holds' if row.holds else 'missed')}")

@@ -1,6 +1,7 @@
 """Estimators of a module's worth, ablations of a trained probe, and what the one says of the other."""
 
 import copy
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 from flowra_adapters import adapters
 from flowra_allocation import BottleneckObserver, FlowSpectrum, flow_spectrum, truncate
 from flowra_analysis import FlowProfile, ModuleProfile, fisher_trace, kfac_gradient_spectra
-from flowra_pipelines.estimators import KINDS, estimate, psi
+from flowra_pipelines.estimators import KINDS, estimate, profiled, psi
 from flowra_pipelines.run_config import RunConfig, load_config
 from flowra_pipelines.stages.setting import Layers, Setting, base_model, load_setting, lora_layers, survey
 from flowra_pipelines.tasks import Batch
@@ -161,7 +162,24 @@ def test_standard_errors_are_the_jackknife_s(probe: Probe) -> None:
         values = torch.tensor([each[kind].gain[NAME] for each in rest], dtype=torch.float64)
         assert gains[kind].stderr[NAME] == pytest.approx(float((3 * values.var(correction=0)).sqrt()), rel=1e-5)
         assert min(gains[kind].stderr.values()) > 0
-    assert set(gains["magnitude"].stderr.values()) == {0.0}
+    assert gains["magnitude"].stderr == {}
+
+
+def test_one_batch_tells_no_standard_error(probe: Probe) -> None:
+    gains = estimate(probe.model, probe.setting, probe.layers, probe.batches[:1], ["probe"]).gains["probe"]
+    known = profiled("probe", gains, probe.layers.costs)
+    assert known[NAME].keys() == {"gain_probe", "psi_probe"}
+
+
+def test_an_error_names_the_batch_of_the_calibration(probe: Probe) -> None:
+    model, calls = copy.deepcopy(probe.model), itertools.count()
+
+    def spoil(module: torch.nn.Module, args: object, output: Tensor) -> Tensor:
+        return output * (math.nan if next(calls) == 2 else 1)
+
+    model.get_submodule(NAME).register_forward_hook(spoil)
+    with pytest.raises(ValueError, match=r"batch 2"):
+        estimate(model, probe.setting, probe.layers, probe.batches, ["fisher"])
 
 
 def test_the_first_order_error_of_the_whitened_gradient_is_near_the_jackknife_s(probe: Probe) -> None:

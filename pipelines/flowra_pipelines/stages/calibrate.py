@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -92,8 +93,10 @@ def calibrate(config: RunConfig, folder: Path) -> StageResult:
     profile = replace(profile, blocks=blocks, provenance={**profile.provenance, **proposal})
     write_profile(profile, folder)
     _write_grams(found.states["probe"].grams, folder)
+    pictures: Mapping[str, Figure] = {}
     if config.calibration.report:
-        (folder / "report.html").write_text(profile_report(profile)[1], encoding="utf-8")
+        pictures, page = profile_report(profile)
+        (folder / "report.html").write_text(page, encoding="utf-8")
     sensitivity = {name: module.statistics["psi"] for name, module in profile.modules.items()}
     errors = {
         name: module.statistics["psi_stderr"]
@@ -106,6 +109,7 @@ def calibrate(config: RunConfig, folder: Path) -> StageResult:
         parameters={"probe_rank": rank, "probe_parameters": peak, "budget": layers.budget, **proposal},
         figures={
             "sensitivity": report_figures.sensitivity_map(sensitivity, errors),
+            **pictures,
             "loss": loss_figure.loss_curve([(step, loss) for step, loss, _ in curve], title="Probe"),
         },
         summary={
