@@ -1,11 +1,14 @@
 """Putting adapters on a model and taking them off."""
 
+from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from flowra_adapters import (
     LoRA,
@@ -18,10 +21,12 @@ from flowra_adapters import (
     enable,
     merge,
     merged,
+    save_adapter,
+    sites,
     unmerge,
 )
 from flowra_testing.asserts import randomise
-from flowra_testing.tiny_models import batch, bert_classifier, called_twice, llama_causal_lm, mlp, tied
+from flowra_testing.tiny_models import batch, bert_classifier, called_twice, llama_causal_lm, mlp, seeded, tied
 
 X = torch.linspace(-1, 1, 32).reshape(4, 8)
 
@@ -465,3 +470,81 @@ def adapt_and_return() -> nn.Module:
     model = mlp()
     adapt(model, {"up": 2})
     return model
+
+
+REWRITERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "weight_norm": torch.nn.utils.weight_norm,
+    "spectral_norm": torch.nn.utils.spectral_norm,
+    "pruning": lambda layer: prune.random_unstructured(layer, "weight", amount=0.5),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", REWRITERS)
+def test_what_a_hook_turns_into_a_weight_is_no_site(name: str) -> None:
+    model = nn.Sequential(REWRITERS[name](nn.Linear(8, 8)))
+    assert [*sites(model)] == ["0.bias"]
+
+
+@pytest.mark.parametrize("name", ["merged", "kept", "sites", "hooks", "folded", "active", "named", "each", "training"])
+def test_a_name_that_modules_use_is_refused_before_anything_changes(name: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="adapter must be a name that modules do not use themselves"):
+        attach(model, {"0": 2}, adapter=name)
+    assert model[0].weight.requires_grad
+    assert not hasattr(model[0], "adapters")
+
+
+def test_what_is_trained_beside_adapters_is_not_lost(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    attach(model, {"0": 2}, modules_to_save=["1"])
+    with pytest.raises(ValueError, match=r"must name all that is trained beside adapters, got \[\] without '1.weight'"):
+        save_adapter(model, tmp_path / "lost")
+    assert not (tmp_path / "lost").exists()
+    save_adapter(model, tmp_path / "whole", modules_to_save=["1"])
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "svd", "flora"])
+def test_a_transposed_convolution_may_be_told_the_size_of_its_output(method: str) -> None:
+    with seeded(0):
+        model, x = (
+            nn.Sequential(nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1)).double(),
+            torch.randn(2, 4, 5).double(),
+        )
+    layer = attach(model, {"0": 2}, method=method)["0"]
+    with torch.no_grad():
+        for each in layer.parameters():
+            each.add_(0.1 * torch.randn_like(each))
+    sizes = ([9], [10])
+    found = [model[0](x, output_size=size) for size in sizes]
+    torch.testing.assert_close(found[0], model[0](x), rtol=1e-12, atol=1e-12)
+    found[1].sum().backward()
+    assert all(each.grad is not None for each in layer.parameters())
+    merge(model)
+    for answer, size in zip(found, sizes, strict=True):
+        torch.testing.assert_close(model[0](x, output_size=size), answer, rtol=1e-10, atol=1e-10)
+
+
+def test_the_table_of_a_sparse_embedding_is_adapted_densely() -> None:
+    model = nn.Sequential(nn.Embedding(7, 4, sparse=True))
+    layer = attach(model, {"0": 2})["0"]
+    model(torch.tensor([1, 2])).sum().backward()
+    assert all(each.grad.layout is torch.strided for each in layer.parameters())
+
+
+def test_a_pass_that_broke_off_leaves_nothing_when_adapters_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with seeded(0):
+        model, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(512, 64)
+    expected = model(x)
+    layer = attach(model, {"0": 2})["0"]
+    nn.init.normal_(layer.lora_B)
+
+    def failing(*args: object, **kwargs: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.nn.functional, "linear", failing)
+        with pytest.raises(MemoryError):
+            model(x)
+    detach(model)
+    assert torch.equal(model(x), expected)

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,23 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_configuration_that_says_otherwise_is_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
     edit_config(folder, changes)
     assert_refused(folder, message)
+
+
+def test_as_many_names_as_fit_are_read_at_once_and_the_first_key_still_counts(folder: Path) -> None:
+    names = {f"layers\\.{index}": 7 for index in range(200_000)}
+    first = {"ot.er": 5, r"block\.up": 5, "up": 3, "u.": 5, ".own": 2, "down": 5}
+    edit_config(folder, {"rank_pattern": first | names})
+    start = time.process_time()
+    found = load_adapter(mlp(), folder)
+    assert time.process_time() - start < 8
+    assert {name: one.rank for name, one in found.items()} == {"up": 3, "down": 2}
+
+
+def test_more_expressions_than_a_reader_can_try_are_refused(folder: Path) -> None:
+    edit_config(folder, {"alpha_pattern": {f"layers.{index}.*": 7 for index in range(2000)}})
+    load_adapter(mlp(), folder)
+    edit_config(folder, {"alpha_pattern": {f"layers.{index}.*": 7 for index in range(2001)}})
+    assert_refused(folder, r"alpha_pattern must hold at most 2000 expressions, got more\. Write names")
 
 
 BAD_JSON: dict[str, tuple[bytes, str]] = {

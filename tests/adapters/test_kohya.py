@@ -469,6 +469,9 @@ def test_nothing_but_safetensors_is_opened(tmp_path: Path) -> None:
         load_kohya({"p": net()}, tmp_path / "y.safetensors")
     with pytest.raises(ValueError, match="none in"):
         load_kohya({"p": net()}, tmp_path / "z.safetensors")
+    for folder in ("nowhere", "y.safetensors"):  # no folder, and a file
+        with pytest.raises(ValueError, match=rf"^adapter must hold z.safetensors, got none in .*{folder}\.$"):
+            load_kohya({"p": net()}, tmp_path / folder / "z.safetensors")
 
 
 def test_a_scale_that_leaves_the_dtype_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from flowra_adapters import (
     delete,
     detach,
     disabled,
+    load_adapter,
     match_sites,
     merge,
+    save_adapter,
     sites,
     unmerge,
 )
@@ -216,6 +219,40 @@ def test_running_statistics_stay_as_they_are_while_a_norm_is_tuned(kind: str) ->
     for name, copy in copies.items():
         copy.load_state_dict(found[name].state_dict())
     assert torch.equal(again(x).detach(), trained)
+
+
+@pytest.mark.parametrize("method", ["lora", "flora", "bitfit"])
+def test_running_statistics_stay_as_they_are_while_other_layers_are_adapted(method: str, tmp_path: Path) -> None:
+    def built() -> nn.Sequential:
+        with seeded(0):
+            return nn.Sequential(nn.Conv2d(3, 4, 3), used_norm(nn.BatchNorm2d(4)), nn.Flatten(), nn.Linear(36, 2))
+
+    model, x = built(), torch.randn(6, 3, 5, 5)
+    attach(model, {"0.bias" if method == "bitfit" else "0": 1}, method=method)
+    statistics = {name: tensor.clone() for name, tensor in model.named_buffers()}
+    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model.train()(x).square().sum().backward()
+        optimizer.step()
+    assert statistics
+    assert all(torch.equal(tensor, statistics[name]) for name, tensor in model.named_buffers())
+    save_adapter(model, tmp_path)
+    again = built()
+    load_adapter(again, tmp_path)
+    assert torch.equal(again.eval()(x), model.eval()(x))
+    copied = deepcopy(model).train()
+    copied(x)
+    assert copied[1].training
+    assert all(torch.equal(tensor, statistics[name]) for name, tensor in copied.named_buffers())
+
+
+def test_statistics_of_a_norm_that_is_trained_in_full_go_on() -> None:
+    with seeded(0):
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4)).train()
+    attach(model, {"0": 1}, modules_to_save=["2"])
+    model(torch.randn(6, 3))
+    assert [int(norm.num_batches_tracked) for norm in (model[1], model[2])] == [0, 1]
 
 
 @pytest.mark.parametrize("leave", [detach, lambda model: delete(model, "default")], ids=["detach", "delete"])

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from flowra_adapters import (
     load_adapter,
     read_checkpoint,
     save_adapter,
+    sites,
     to_lora,
     write_checkpoint,
 )
@@ -206,6 +208,30 @@ def test_biases_that_peft_trained_become_offsets(tmp_path: Path, bias: str) -> N
         {"down.bias"} if bias == "lora_only" else {"up.bias", "block.up.bias", "norm.bias", "down.bias"}
     )
     torch.testing.assert_close(output_of(fresh, x), output_of(theirs, x), **TOLERANCE)
+
+
+def headed() -> nn.Module:
+    """Build a layer with a norm, and a head of several layers on them."""
+    with seeded(4):
+        head = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 5))
+        return nn.Sequential(OrderedDict(up=nn.Linear(8, 6), norm=nn.LayerNorm(6), head=head)).eval()
+
+
+@pytest.mark.parametrize(("build", "head", "copies"), [(biased, "down", 2), (biased, "norm", 2), (headed, "head", 4)])
+def test_biases_that_peft_saved_again_under_a_trained_module_are_left_out(
+    tmp_path: Path, build: Callable[[], nn.Module], head: str, copies: int
+) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["up"], bias="all", modules_to_save=[head])
+    theirs = written_by_peft(build(), tmp_path, config)
+    keys = load_file(tmp_path / PEFT_PAIR[1]).keys()
+    assert len([key for key in keys if ".modules_to_save." in key or ".original_module." in key]) == copies
+    fresh, x = build(), torch.randn(4, 8)
+    load_adapter(fresh, tmp_path)
+    torch.testing.assert_close(output_of(fresh, x), output_of(theirs, x), **TOLERANCE)
+    wrapper = theirs.get_submodule(f"base_model.model.{head}")
+    saved, ours = wrapper.get_submodule("modules_to_save.default").state_dict(), fresh.get_submodule(head).state_dict()
+    assert saved.keys() == ours.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in saved.items())
 
 
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")
@@ -428,6 +454,35 @@ def test_a_residual_start_is_written_as_twice_the_rank_exactly(tmp_path: Path) -
     loaded = load_adapter(fresh, tmp_path)["layer"]
     assert loaded.rank == 3
     assert torch.equal(output_of(fresh, case.x), output_of(case.model, case.x))
+
+
+@pytest.mark.filterwarnings("ignore:.*fan_in_fan_out", "ignore:.*groups > 1")
+@pytest.mark.parametrize(
+    "kind", ["linear", "linear_to_one_output", "conv1d_of_transformers", "conv2d_grouped", "embedding"]
+)
+def test_a_start_of_more_directions_than_the_weight_has_is_written_with_as_many(tmp_path: Path, kind: str) -> None:
+    case = build_case(SIMPLE[kind], torch.float32)
+    one = attach(case.model, {"layer": sites(case.model)["layer"].operator.max_rank}, scaling=0.7)["layer"]
+    assert isinstance(one, LoRA)
+    generator = torch.Generator().manual_seed(1)
+    shapes = one.lora_A.shape, one.lora_B.shape
+    one.start_from(*(torch.randn(shape, generator=generator) for shape in shapes))
+    randomise(one, seed=9)
+    save_adapter(case.model, tmp_path, consumer="peft")
+    torch.testing.assert_close(output_of(in_peft(kind, tmp_path), case.x), output_of(case.model, case.x), **TOLERANCE)
+    (tmp_path / FLOWRA_PAIR[0]).unlink()
+    fresh = build_case(SIMPLE[kind], torch.float32).model
+    assert load_adapter(fresh, tmp_path)["layer"].rank == one.rank
+    torch.testing.assert_close(output_of(fresh, case.x), output_of(case.model, case.x), **TOLERANCE)
+
+
+def test_a_start_that_is_not_finite_is_still_refused_by_name(tmp_path: Path) -> None:
+    model = biased()
+    one = attach(model, {"down": 4})["down"]
+    assert isinstance(one, LoRA)
+    one.start_from(torch.full((4, 6), torch.nan), torch.ones(5, 4))
+    with pytest.raises(ValueError, match="must be finite"):
+        save_adapter(model, tmp_path, consumer="peft")
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d_of_transformers", "conv2d", "conv2d_grouped", "embedding"])

@@ -16,23 +16,18 @@ PAGE = Path(__file__).parents[2] / "docs" / "your_own_method.md"
 
 
 def shown() -> dict[str, Any]:
-    """Run the page's example."""
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    """Run the page's example and its row of the battery."""
+    example, row = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     names: dict[str, Any] = {}
-    exec(compile(code, str(PAGE), "exec"), names)
+    for code in (example, row):
+        exec(compile(code, str(PAGE), "exec"), names)
     return names
 
 
 NAMES = shown()
-ROW_GAIN = NAMES["ROW_GAIN"]
-assert isinstance(ROW_GAIN, AdapterMethod)
-METHOD = Method(
-    name="row_gain",
-    key="row_gain",
-    own=ROW_GAIN,
-    layer_types=EVERYWHERE,
-    golden=("none", "it is not ours"),
-)
+METHOD = NAMES["METHOD"]
+assert isinstance(METHOD, Method)
+assert isinstance(METHOD.made_by, AdapterMethod)
 LAYERS = {name: EVERYWHERE[name] for name in ("linear", "conv2d_grouped", "conv_transpose2d_grouped", "embedding")} | {
     "attention_output": BLOCKS["attention_output"]
 }

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from flowra_adapters.adapter import Adapter, AdapterDict, Base
 from flowra_adapters.folded import folded_update, folded_weight, folds
@@ -40,9 +40,6 @@ def put(site: Site, key: str, adapter: Adapter) -> None:
     held = held_by(site.owner)
     if held is None:
         held = site.owner.adapters = AdapterDict().train(site.owner.training)
-        if isinstance(site.owner, _NormBase) and site.owner.track_running_stats:
-            held.hooks["freeze"] = site.owner.register_forward_pre_hook(_freeze_statistics)
-            held.hooks["thaw"] = site.owner.register_forward_hook(partial(_thaw_statistics, held), always_call=True)
     held[key] = adapter
     held.sites[key] = site
     adapter.placed(BaseWeight(held, key))
@@ -51,6 +48,7 @@ def put(site: Site, key: str, adapter: Adapter) -> None:
         if type(site.host) is nn.Linear:
             held.hooks["fold"] = site.host.register_forward_pre_hook(partial(_fold, held))
     chooses = type(adapter).materialises is not Adapter.materialises or isinstance(site.operator, ParameterOperator)
+    chooses = chooses or isinstance(site.host, _ConvTransposeNd)
     if chooses and "shadow" not in held.hooks:
         held.hooks["shadow"] = site.host.register_forward_pre_hook(partial(_shadow, held), with_kwargs=True)
     if "shadow" in held.hooks:  # after "add", which must still know what is shadowed
@@ -60,20 +58,12 @@ def put(site: Site, key: str, adapter: Adapter) -> None:
 
 
 def take_off(owner: nn.Module, held: AdapterDict) -> None:
-    """Remove a module's adapters and hooks."""
+    """Remove a module's adapters and hooks, and what a pass that broke off has left in its weight's place."""
     for hook in held.hooks.values():
         hook.remove()
+    if held.folded is not None:
+        owner.__dict__.pop("weight", None)
     del owner.adapters
-
-
-def _freeze_statistics(norm: nn.Module, args: tuple[Any, ...]) -> None:
-    """Let a norm with running statistics use them and leave them alone, whatever the mode of the model."""
-    norm.training = False
-
-
-def _thaw_statistics(held: AdapterDict, norm: nn.Module, args: tuple[Any, ...], output: object) -> None:
-    """Put the norm back into the mode of the model, which its child has kept."""
-    norm.training = held.training
 
 
 def _add_updates(
@@ -155,7 +145,8 @@ def _shadow(held: AdapterDict, host: nn.Module, args: tuple[Any, ...], kwargs: d
     """Put W + ΔW into the place of the parameters whose updates are materialised."""
     inputs = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
     x = inputs[0] if inputs else torch.empty(0)
-    chosen = {key: one for key, one in held.active().items() if _takes_place(held.sites[key], one, x)}
+    resized = isinstance(host, _ConvTransposeNd) and any(each is not None for each in (*args[1:], *kwargs.values()))
+    chosen = {key: one for key, one in held.active().items() if _takes_place(held.sites[key], one, x, resized=resized)}
     held.shadowed = tuple(chosen)
     for parameter in dict.fromkeys(held.sites[key].parameter for key in chosen):
         group = {key: one for key, one in chosen.items() if held.sites[key].parameter == parameter}
@@ -163,9 +154,9 @@ def _shadow(held: AdapterDict, host: nn.Module, args: tuple[Any, ...], kwargs: d
         owner.__dict__[parameter] = with_updates(held, parameter, group)
 
 
-def _takes_place(site: Site, adapter: Adapter, x: Tensor) -> bool:
+def _takes_place(site: Site, adapter: Adapter, x: Tensor, *, resized: bool) -> bool:
     """Tell whether W + ΔW takes the weight's place, which a layer that reads a quantised weight would not stand."""
-    if not adapter.materialises(x):
+    if not resized and not adapter.materialises(x):  # where the call says its output's size, the operator is another
         return False
     return isinstance(site.operator, ParameterOperator) or not is_quantised(parameter_of(site.owner, site.parameter))
 

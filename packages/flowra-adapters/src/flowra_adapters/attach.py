@@ -12,11 +12,12 @@ from typing import Literal
 import torch
 from torch import nn
 
-from flowra_adapters.adapter import Adapter
+from flowra_adapters.adapter import Adapter, AdapterDict
 from flowra_adapters.applying import adapter_dicts, held_by, put, take_off
 from flowra_adapters.matching import adaptable_sites, match_sites
 from flowra_adapters.methods import METHODS, AdapterMethod, instead_of
 from flowra_adapters.quantised import is_quantised, keep_gradients, refuse_blocked_gradients
+from flowra_adapters.running_statistics import freeze_statistics, thaw_statistics
 from flowra_adapters.sites import Site, sites
 
 __all__ = ["adapters", "attach", "delete", "detach", "disable", "disabled", "enable"]
@@ -40,8 +41,9 @@ def attach(
 ) -> dict[str, Adapter]:
     """Attach an adapter to each named site, and freeze the base.
 
-    After the call only adapters and ``modules_to_save`` have ``requires_grad``. The model's output is unchanged.
-    Nothing is changed if an argument is wrong.
+    After the call only adapters and ``modules_to_save`` have ``requires_grad``. The model's output is unchanged; in
+    training, that of norms with running statistics (BatchNorm) becomes what it is in evaluation, for these statistics
+    belong to the base (:mod:`flowra_adapters.running_statistics`). Nothing is changed if an argument is wrong.
 
     A quantised base (bitsandbytes, torchao) stays as it is, with one exception: on processors with AVX512-BF16 the
     4-bit layers of bitsandbytes leave their inference format, which passes no gradient, for good. Those that were in it
@@ -74,8 +76,8 @@ def attach(
     row = _method(method)
     if not adapter or "." in adapter or ":" in adapter:
         raise ValueError(f"adapter must be a name without dots and colons, got {adapter!r}")
-    if hasattr(nn.ModuleDict, adapter):
-        raise ValueError(f"adapter must be a name that torch's modules do not use themselves, got {adapter!r}")
+    if hasattr(AdapterDict(), adapter):
+        raise ValueError(f"adapter must be a name that modules do not use themselves, got {adapter!r}")
     saved_names = list(modules_to_save)
     to_save = [_submodule(model, name, "modules_to_save") for name in saved_names]
     _refuse_quantised(saved_names, to_save)
@@ -110,6 +112,7 @@ def attach(
         except ValueError as error:
             raise ValueError(f"{error}; for module {name!r}. Choose another value or exclude the module.") from None
     _freeze_base(model)
+    freeze_statistics(model, trained=to_save)
     keep_gradients(model)
     for module in to_save:
         module.requires_grad_(True)
@@ -178,6 +181,8 @@ def delete(model: nn.Module, adapter: str) -> None:
             del held[key], held.sites[key]
         if not held:
             take_off(model.get_submodule(name), held)
+    if not adapter_dicts(model):
+        thaw_statistics(model)
 
 
 def detach(model: nn.Module) -> None:
@@ -187,6 +192,7 @@ def detach(model: nn.Module) -> None:
     """
     for name, held in adapter_dicts(model).items():
         take_off(model.get_submodule(name), held)
+    thaw_statistics(model)
 
 
 def _refuse_merged(model: nn.Module, adapter: str) -> None:
@@ -212,7 +218,7 @@ def _key(adapter: str, site: Site) -> str:
 
 
 def _refuse_taken(places: Mapping[str, Site], keys: Mapping[str, str], adapter: str) -> None:
-    """Refuse a site that has an adapter of this name, or whose weight another one of this name updates in part."""
+    """Refuse a site that has an adapter of this name. One of the whole weight may lie beside one of a part of it."""
     for name, site in places.items():
         held = held_by(site.owner)
         if held is None:

@@ -60,7 +60,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ValueError: if the file is missing or damaged.
     """
     if not path.is_file():
-        others = sorted(each.name for each in path.parent.iterdir() if each.suffix in PICKLES)
+        others = sorted(each.name for each in path.parent.glob("*") if each.suffix in PICKLES)
         hint = f" Found {others[0]}: pickles are never opened; convert it to safetensors." if others else ""
         raise ValueError(f"adapter must hold {path.name}, got none in {path.parent}.{hint}")
     try:

@@ -128,11 +128,10 @@ class EmbeddingOperator(Operator):
     """y = W[:, ids]: a linear map of one-hot rows, whose weight the layer stores as ``(V, d)``."""
 
     padding_idx: int | None = None
-    sparse: bool = False
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         """Map ids ``(…)`` to ``(…, m')``."""
-        return F.embedding(x, weight.T, self.padding_idx, sparse=self.sparse)
+        return F.embedding(x, weight.T, self.padding_idx)  # dense also where the layer is sparse: A is small
 
     def pointwise(self, z: Tensor, weight: Tensor) -> Tensor:
         """Map ``(…, r)`` to ``(…, d)``."""
@@ -237,7 +236,7 @@ def operator_of(layer: nn.Module) -> Operator | None:
         return LinearOperator((weight.shape[1], weight.shape[0]), transposed=True)
     if isinstance(layer, nn.Embedding) and kind.forward is nn.Embedding.forward and layer.max_norm is None:
         shape = (layer.embedding_dim, layer.num_embeddings)
-        return EmbeddingOperator(shape, padding_idx=layer.padding_idx, sparse=layer.sparse)
+        return EmbeddingOperator(shape, padding_idx=layer.padding_idx)
     if isinstance(layer, CONVOLUTIONS):
         return _conv_operator(layer)
     return None

@@ -51,7 +51,14 @@ def obstacle(operator: Operator, *, consumer: Consumer, magnitude: bool = False)
 
 
 def to_peft(operator: Operator, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn A ``(r, n·∏k)`` and B ``(m, r)`` into PEFT's: of a convolution ``(g·r, n, *k)`` and ``(m, r, 1, …)``."""
+    """Turn A ``(r, n·∏k)`` and B ``(m, r)`` into PEFT's: of a convolution ``(g·r, n, *k)`` and ``(m, r, 1, …)``.
+
+    A start or several parts can give more directions than the weight has; these are written as one for each it has.
+
+    Returns:
+        A and B.
+    """
+    lora_A, lora_B = _at_most_max_rank(operator, lora_A, lora_B)
     if not isinstance(operator, ConvOperator):
         return lora_A, lora_B
     groups, rank = operator.groups, len(lora_A)
@@ -63,6 +70,20 @@ def to_peft(operator: Operator, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor,
         blocks.reshape(groups * rank, channels, *operator.shape[2:]),
         lora_B.reshape(*lora_B.shape, *(1,) * operator.dimensions),
     )
+
+
+def _at_most_max_rank(operator: Operator, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Write a product of more than ``max_rank`` directions, of each group, with its own singular ones; in float64."""
+    rank, groups = len(lora_A), operator.groups
+    if rank <= operator.max_rank or not (torch.isfinite(lora_A).all() and torch.isfinite(lora_B).all()):
+        return lora_A, lora_B  # what is not finite is refused by name where it is written
+    basis_A, inner_A = torch.linalg.qr(lora_A.double().view(rank, groups, -1).permute(1, 2, 0))
+    basis_B, inner_B = torch.linalg.qr(lora_B.double().view(groups, -1, rank))
+    left, values, right = torch.linalg.svd(inner_B @ inner_A.mT, full_matrices=False)
+    root = values.sqrt()
+    new_A = (root.unsqueeze(2) * (right @ basis_A.mT)).transpose(0, 1).reshape(-1, operator.in_size)
+    new_B = (basis_B @ left * root.unsqueeze(1)).reshape(operator.out_size, -1)
+    return new_A.to(lora_A), new_B.to(lora_B)
 
 
 def from_peft(operator: Operator, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:

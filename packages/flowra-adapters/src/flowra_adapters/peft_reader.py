@@ -278,6 +278,8 @@ def _sort(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path
             else:
                 found.offsets[name] = tensor
         elif owner:
+            if biased and _is_copy(path, owner, tensors):
+                continue
             found.saved[path] = tensor
             found.trained.add(owner)
         else:
@@ -296,16 +298,40 @@ def _sort(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path
     return found
 
 
+def _is_copy(path: str, owner: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Tell whether a bias is another copy, or the base's, of one saved with its module: ``bias: all`` has all three."""
+    copy, _, inner = path.removeprefix(f"{owner}.").partition(".")
+    deeper = inner.partition(".")[2]  # without the set's name, which PEFT leaves in where the module has modules
+    return (
+        copy in ("modules_to_save", "original_module")
+        and "bias" in inner
+        and any(f"{PREFIX}{owner}.{name}" in tensors for name in (inner, deeper))
+    )
+
+
+MAX_EXPRESSIONS = 2000  # each is tried on each module; names, of which a model can have more, are looked up
+NAME = re.compile(r"(?:[\w-]|\\[.-])+")  # an expression that matches itself alone
+
+
 class _Pattern:
     """Per-module values as PEFT resolves them: the first key that matches the end of a name, or the global value."""
 
     def __init__(self, config: Mapping[str, Any], pattern: str, default: str) -> None:
         self._what = f"{pattern} and {default}" if pattern else default
         self._default = config.get(default)
-        self._keys = []
-        for key, value in (config[pattern] if pattern else {}).items():
+        self._names: dict[str, tuple[int, Any]] = {}
+        self._expressions: list[tuple[int, _Expression, Any]] = []
+        for place, (key, value) in enumerate((config[pattern] if pattern else {}).items()):
+            if NAME.fullmatch(key):
+                self._names.setdefault(key.replace("\\", ""), (place, value))
+                continue
+            if len(self._expressions) == MAX_EXPRESSIONS:
+                raise ValueError(
+                    f"{pattern} must hold at most {MAX_EXPRESSIONS} expressions, got more. Write names, with \\. for"
+                    " a dot."
+                )
             try:
-                self._keys.append((_Expression(key), value))
+                self._expressions.append((place, _Expression(key), value))
             except (re.error, RecursionError, OverflowError) as error:
                 raise ValueError(
                     f"{pattern} must hold regular expressions, got {key[:100]!r}: {str(error)[:100]}"
@@ -315,10 +341,18 @@ class _Pattern:
 
     def value(self, name: str) -> float:
         """Return the value for a module."""
-        value = next((value for key, value in self._keys if key.matches(name)), self._default)
+        value = self._first(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < abs(value) <= sys.float_info.max:
             raise ValueError(f"{self._what} must be finite numbers other than 0, got {repr(value)[:40]} for {name!r}")
         return float(value)
+
+    def _first(self, name: str) -> Any:  # noqa: ANN401
+        """Return what the first key that matches says; expressions that come after a name are not tried."""
+        tails = [name, *(name[dot.end() :] for dot in re.finditer(r"\.", name))]
+        named = [self._names[tail] for tail in tails if tail in self._names]
+        place, value = min(named, key=lambda each: each[0], default=(math.inf, self._default))
+        earlier = (other for at, key, other in self._expressions if at < place and key.matches(name))
+        return next(earlier, value)
 
 
 MAX_WAYS = 10**7  # of matching one name with one pattern; some take half a second to try

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from flowra_adapters.adapter import AdapterDict
 from flowra_adapters.operators import Operator, ParameterOperator, operator_of
@@ -56,8 +59,8 @@ class Site:
 def sites(model: nn.Module) -> dict[str, Site]:
     """List every parameter that may carry an adapter, by name, in the model's own order, each followed by its parts.
 
-    Not listed: parametrised weights (a merge would be lost), and what adapters that are already attached hold. A module
-    or parameter that is reached by several names is listed under the first.
+    Not listed: parametrised, normalised and pruned weights (a merge would be lost), and what adapters that are already
+    attached hold. A module or parameter that is reached by several names is listed under the first.
 
     Returns:
         Name to site.
@@ -82,8 +85,11 @@ def _of_module(name: str, module: nn.Module, block: nn.MultiheadAttention | None
     renormed = isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
     if isinstance(module, nn.RNNBase) or renormed:
         return  # the first keeps its weights in a list of its own, the second rewrites them while it reads
+    rewritten = _rewritten(module)
     for parameter, tensor in module._parameters.items():
         if tensor is None or isinstance(tensor, nn.UninitializedParameter) or tensor.ndim == 0:
+            continue
+        if parameter.startswith(rewritten):
             continue
         main = parameter == "weight"
         at = name if main else f"{name}.{parameter}".lstrip(".")
@@ -93,6 +99,17 @@ def _of_module(name: str, module: nn.Module, block: nn.MultiheadAttention | None
             continue  # of a quantised layer whose use of them is not known
         uses = operator if main and operator is not None else ParameterOperator(_shape(tensor))
         yield Site(at, module, parameter, module if block is None else block, uses)
+
+
+def _rewritten(module: nn.Module) -> tuple[str, ...]:
+    """Return what names of parameters begin with that hooks turn into a weight before our own could act on them.
+
+    These are ``weight_g`` and ``weight_v`` of ``torch.nn.utils.weight_norm``, ``weight_orig`` of ``spectral_norm`` and
+    of pruning.
+    """
+    hooks = module._forward_pre_hooks.values()
+    names = [each.name for each in hooks if isinstance(each, WeightNorm | SpectralNorm)]
+    return tuple(f"{name}_" for name in (*names, *(h._tensor_name for h in hooks if isinstance(h, BasePruningMethod))))
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
