@@ -102,6 +102,12 @@ def test_peft_loads_the_merge_of_its_own_unequal_adapters(tmp_path: Path) -> Non
     assert scalings == [1.0, 1.0, 1.0]
 
 
+def test_copies_of_biases_of_a_head_whose_tensors_lie_deeper_are_left_out(tmp_path: Path) -> None:
+    save_with_peft(tmp_path / "a", r=2, target_modules=["0"], modules_to_save=["2"], bias="all")
+    state = read_adapter(tmp_path / "a", base=network().get_parameter)
+    assert set(state.modules_to_save) == {"2.0.weight", "2.0.bias", "2.1.weight", "2.1.bias"}
+
+
 def test_peft_loads_a_head_whose_tensors_lie_deeper(tmp_path: Path) -> None:
     model = save_with_peft(tmp_path / "a", r=2, target_modules=["0"], modules_to_save=["2"])
     state = read_adapter(tmp_path / "a")

@@ -237,8 +237,11 @@ def _trained_module(name: str, modules: list[str]) -> str | None:
 
 def _is_copy(name: str, owner: str, file: TensorFile) -> bool:
     """Tell whether a bias of a module trained in full is there under its own name, too: ``bias`` saves it thrice."""
-    inner = re.fullmatch(r"(modules_to_save|original_module)\.(.*bias)", name.removeprefix(f"{owner}."))
-    return inner is not None and f"{PREFIX}{owner}.{inner[2]}" in file
+    copy, _, inner = name.removeprefix(f"{owner}.").partition(".")
+    if copy not in ("modules_to_save", "original_module") or "bias" not in inner:
+        return False
+    deeper = inner.partition(".")[2]  # without the set's name, which PEFT leaves in where the module has modules
+    return any(f"{PREFIX}{owner}.{each}" in file for each in (inner, deeper))
 
 
 def _needs(recipe: Recipe) -> str | None:
