@@ -31,6 +31,7 @@ from flowra_adapters import (
 from flowra_adapters.lora import LoRA
 from flowra_testing.adapter_table import CONVOLUTIONS, EMBEDDINGS, LINEAR, METHODS, LayerType
 from flowra_testing.asserts import Case, build_case, delta_of, randomise
+from flowra_testing.tiny_blocks import Mixture
 from flowra_testing.tiny_models import seeded
 
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
@@ -474,6 +475,24 @@ def test_a_start_of_more_directions_than_the_weight_has_is_written_with_as_many(
     fresh = build_case(SIMPLE[kind], torch.float32).model
     assert load_adapter(fresh, tmp_path)["layer"].rank == one.rank
     torch.testing.assert_close(output_of(fresh, case.x), output_of(case.model, case.x), **TOLERANCE)
+
+
+def test_starts_of_single_experts_are_written_with_as_many_directions_as_a_matrix_has(tmp_path: Path) -> None:
+    with seeded(0):
+        model, again = (Mixture("mixtral").eval() for _ in range(2))
+    again.load_state_dict(model.state_dict())
+    ranks = {f"block.experts.down_proj:{expert}": 8 for expert in range(4)}
+    for seed, one in enumerate(attach(model, ranks).values()):
+        assert isinstance(one, LoRA)
+        with seeded(seed):
+            one.start_from(torch.randn(8, 12), torch.randn(8, 8))  # of 16 directions where a matrix has 8
+        randomise(one, seed=seed)
+    save_adapter(model, tmp_path, consumer="peft")
+    for name in FLOWRA_PAIR:
+        (tmp_path / name).unlink()
+    assert {one.rank for one in load_adapter(again, tmp_path).values()} == {8}
+    x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(again(x), model(x), **TOLERANCE)
 
 
 def test_a_start_that_is_not_finite_is_still_refused_by_name(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from flowra_adapters.dora import DoRA
 from flowra_adapters.layers import is_conv1d
 from flowra_adapters.lora import LoRA
 from flowra_adapters.operators import CONVOLUTIONS, EmbeddingOperator, ParameterOperator
-from flowra_adapters.peft_layout import Consumer, obstacle, to_peft
+from flowra_adapters.peft_layout import Consumer, at_most_max_rank, obstacle, to_peft
 from flowra_adapters.sites import Site
 from flowra_adapters.weights import base_weight
 
@@ -277,6 +277,7 @@ def _by_matrix(own: list[tuple[_Piece, Tensor, Tensor]]) -> tuple[Tensor, Tensor
     Returns:
         Both; of a module that says ``is_transposed``, where PEFT reads a stack as ``(E, n, m)``, the other way round.
     """
+    own = [(piece, *at_most_max_rank(piece.site.operator, a, b)) for piece, a, b in own]
     site = own[0][0].site
     shape = site.whole.shape if len(site.whole.shape) == 3 else (1, *site.whole.shape)
     rank = max(len(a) for _, a, _ in own)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowra_adapters.operators import ConvOperator, Operator
 
-__all__ = ["Consumer", "from_peft", "obstacle", "stack_from_peft", "stack_to_peft", "to_peft"]
+__all__ = ["Consumer", "at_most_max_rank", "from_peft", "obstacle", "stack_from_peft", "stack_to_peft", "to_peft"]
 
 Consumer = Literal["peft", "peft_merged", "vllm"]
 """Who reads an export: PEFT, which applies the adapter beside the layer; PEFT, which merges it first; vLLM."""
@@ -58,7 +58,7 @@ def to_peft(operator: Operator, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor,
     Returns:
         A and B.
     """
-    lora_A, lora_B = _at_most_max_rank(operator, lora_A, lora_B)
+    lora_A, lora_B = at_most_max_rank(operator, lora_A, lora_B)
     if not isinstance(operator, ConvOperator):
         return lora_A, lora_B
     groups, rank = operator.groups, len(lora_A)
@@ -72,7 +72,7 @@ def to_peft(operator: Operator, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor,
     )
 
 
-def _at_most_max_rank(operator: Operator, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+def at_most_max_rank(operator: Operator, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
     """Write a product of more than ``max_rank`` directions, of each group, with its own singular ones; in float64."""
     rank, groups = len(lora_A), operator.groups
     if rank <= operator.max_rank or not (torch.isfinite(lora_A).all() and torch.isfinite(lora_B).all()):
