@@ -30,6 +30,8 @@ __all__ = [
 
 TRIPLET_POLICIES = frozenset({"flexlora", "flexlora_compat", "adalora"})
 """Policies whose updates are B diag(E) A; those of the others are B A."""
+KEEP_FLOORS = ("none", "breathe", "shrink")
+"""Policies under which no module falls below its least rank, or leaves the one that it was given."""
 TRIPLET_KEYS = frozenset({"start", "freeze", "interval", "back_end", "orthogonality"})
 POLICY_KEYS: Mapping[str, frozenset[str]] = {
     "none": frozenset({"start"}),
@@ -192,11 +194,12 @@ class AllocationConfig(Section):
     caps: Ranks | None = None
     """Largest rank by pattern, such as ``{"q,v": 8}``; before ``cap``."""
     floor: Rank | None = None
-    """Least rank of a module, also where ψ is below the threshold, as far as caps allow."""
+    """Least rank of a module, also where ψ is below the threshold, as far as caps allow; of the plan and while rank
+    moves. With ``refinement.policy`` ``none``, ``breathe`` or ``shrink``, as the next two."""
     floors: Ranks | None = None
     """Least rank by pattern; before ``floor``."""
     frozen: Ranks | None = None
-    """Ranks by pattern that are given and stay, whatever else is said."""
+    """Ranks by pattern that are given and stay, whatever else is said or measured."""
     rank_steps: Literal["vllm"] | Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None = None
     """``[4, 8, 16]``: every rank is one of these, or 0. ``vllm``: the largest rank is a size of vLLM's buffers, for a
     server pays for the largest everywhere."""

@@ -8,7 +8,7 @@ from flowra_pipelines.config_sections import AllocationConfig
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.module_names import modules_called
 
-__all__ = ["CAP_STEPS", "RankLimits", "caps_of", "check_cap_of_vllm", "rank_limits"]
+__all__ = ["CAP_STEPS", "RankLimits", "caps_of", "check_cap_of_vllm", "floors_of", "rank_limits"]
 
 CAP_STEPS = VLLM_RANKS[1:]
 """Ranks of vLLM's buffers that a plan is cut to. It has rank 1, too, but a plan of rank 7 is not cut so far."""
@@ -64,9 +64,33 @@ def rank_limits(chosen: AllocationConfig, largest: Mapping[str, int]) -> RankLim
 
 
 def caps_of(chosen: AllocationConfig, names: Iterable[str]) -> int | dict[str, int] | None:
-    """Return the largest rank of all modules, or by name where a pattern says one; None without any."""
+    """Return the largest rank of all modules, or by name where a pattern says one; None without any.
+
+    A frozen module's is the rank that it was given.
+    """
     known = list(names)
-    return _of_all(chosen.cap, _by_name(chosen.caps, known, "caps"), known)
+    by_name = _by_name(chosen.caps, known, "caps") | _by_name(chosen.frozen, known, "frozen")
+    return _of_all(chosen.cap, by_name, known)
+
+
+def floors_of(chosen: AllocationConfig, planned: Mapping[str, int]) -> dict[str, int]:
+    """Return the ranks below which modules do not fall while rank moves.
+
+    Args:
+        chosen: limits by pattern.
+        planned: module name to the rank of the plan, which has followed them as far as caps allowed.
+
+    Returns:
+        Module name to least rank.
+    """
+    said = RankLimits(
+        caps=None,
+        floors=_of_all(chosen.floor, _by_name(chosen.floors, planned, "floors"), planned),
+        frozen=_by_name(chosen.frozen, planned, "frozen"),
+        rank_steps=None,
+        cap_steps=None,
+    )
+    return {name: min(said.least(name), rank) for name, rank in planned.items()}
 
 
 def check_cap_of_vllm(cap: int, *, what: str, instead: str) -> None:

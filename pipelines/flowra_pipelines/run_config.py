@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from flowra_pipelines.config_file import explained, read_content
 from flowra_pipelines.config_sections import (
+    KEEP_FLOORS,
     POLICY_KEYS,
     AdapterConfig,
     AllocationConfig,
@@ -69,11 +70,12 @@ class RunConfig(Section):
             _check_that_events_fire(self.refinement, freeze - start)
         if self.allocation.plan != "flow" and self.sensitivity_threshold != SENSITIVITY_THRESHOLD:
             raise ValueError(f"sensitivity_threshold has no effect with allocation.plan {self.allocation.plan}")
-        for key in ("floor", "floors", "frozen", "rank_steps"):
-            if moving and getattr(self.allocation, key) is not None:
+        keepers = {"rank_steps": ("none",)} | dict.fromkeys(("floor", "floors", "frozen"), KEEP_FLOORS)
+        for key, policies in keepers.items():
+            if self.refinement.policy not in policies and getattr(self.allocation, key) is not None:
                 raise ValueError(
                     f"allocation.{key} must be left out with refinement.policy {self.refinement.policy}, which moves"
-                    " rank without regard to it; set refinement.policy: none"
+                    f" rank without regard to it; set refinement.policy: {' or '.join(policies)}"
                 )
         if self.data.test is None and "test_split" in self.data.model_fields_set:
             raise ValueError("data.test_split has no effect without data.test")

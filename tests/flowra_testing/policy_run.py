@@ -25,10 +25,19 @@ class PolicyRun:
         form: of the updates.
         ranks: module name to rank at the start.
         budget: in parameters; by default what the policy's peak needs for these ranks.
+        floors: module name to least rank.
+        caps: module name to largest rank; by default the number of slots.
     """
 
     def __init__(
-        self, policy: Policy, form: Form, *, ranks: Mapping[str, int] = RANKS, budget: int | None = None
+        self,
+        policy: Policy,
+        form: Form,
+        *,
+        ranks: Mapping[str, int] = RANKS,
+        budget: int | None = None,
+        floors: Mapping[str, int] | None = None,
+        caps: Mapping[str, int] | None = None,
     ) -> None:
         self.model = mlp(dtype=torch.float64)
         self.layers: Mapping[str, StandInAdapter | StandInTriplets] = (
@@ -45,7 +54,8 @@ class PolicyRun:
             self.layers,
             policy=policy,
             costs=self.costs,
-            caps=dict.fromkeys(ranks, SLOTS),
+            caps=dict.fromkeys(ranks, SLOTS) if caps is None else caps,
+            floors=floors,
             budget=self.budget,
         )
         with seeded(1):

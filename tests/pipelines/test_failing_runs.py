@@ -15,6 +15,7 @@ from transformers import BertConfig, BertModel
 
 from flowra_adapters import attach, save_adapter
 from flowra_pipelines.cli import main
+from flowra_pipelines.config_sections import KEEP_FLOORS
 from flowra_pipelines.errors import UserError, explain
 from flowra_pipelines.progress import console
 from flowra_testing.tiny_models import bert_classifier, seeded
@@ -63,12 +64,12 @@ def test_a_budget_below_one_unit_of_rank(fails: Command) -> None:
 @pytest.mark.parametrize(
     "said", [{"floor": 2}, {"floors": {"query": 9}}, {"frozen": {"query,value": 6}}, {"floor": 3, "cap": 2}], ids=str
 )
+@pytest.mark.parametrize("policy", KEEP_FLOORS)
 def test_least_ranks_above_the_budget_before_anything_is_trained(
-    fails: Command, tmp_path: Path, said: dict[str, Any]
+    fails: Command, tmp_path: Path, policy: str, said: dict[str, Any]
 ) -> None:
-    unmoved = ("--set", "refinement={policy: none}")
-    message = fails("calibrate", *unmoved, allocation=said)
-    assert "allocation.floors and frozen must fit what the plan spends, 700 parameters, got" in message
+    message = fails("calibrate", "--set", f"refinement={{policy: {policy}}}", allocation=said)
+    assert "allocation.floors and frozen must fit the budget, 700 parameters here, got" in message
     assert not (tmp_path / "runs" / "tiny" / "calibrate").exists()
 
 

@@ -30,6 +30,7 @@ from flowra_allocation import (
     read_plan,
     write_plan,
 )
+from flowra_pipelines.config_sections import KEEP_FLOORS
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.policies import build_policy, largest_ranks
 from flowra_pipelines.run_config import RunConfig, load_config
@@ -82,9 +83,12 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def configured(calibrated: Path, root: Path, refinement: Mapping[str, object]) -> RunConfig:
+def configured(
+    calibrated: Path, root: Path, refinement: Mapping[str, object], allocation: Mapping[str, object] | None = None
+) -> RunConfig:
     """Return the configuration of a run of its own after the shared calibration."""
     content = tiny_config(calibrated, budget=BUDGET, refinement=refinement, output_root=str(root))
+    content["allocation"] = allocation or {}
     content["evaluation"] = {"baselines": []}
     config = load_config(content)
     shutil.copytree(calibrated / "runs" / "tiny" / "calibrate", config.folder / "calibrate")
@@ -149,6 +153,20 @@ def test_a_policy_ends_within_the_budget_and_says_its_peak(name: str, calibrated
         f"{last['parameters']:,} at the end, budget {BUDGET:,}; at most {peak:,}"
         in records["refine"].summary["parameters"]
     )
+
+
+@pytest.mark.parametrize("name", some(name for name in POLICIES if name.startswith(KEEP_FLOORS)))
+def test_least_and_frozen_ranks_hold_while_rank_moves(name: str, calibrated: Path, tmp_path: Path) -> None:
+    query, others = "encoder.layer.0.attention.self.query", "intermediate.dense"
+    config = configured(calibrated, tmp_path, POLICIES[name], {"frozen": {query: 2}, "floors": {others: 1}})
+    run(config, *TRAINED)
+    moved = history(config)
+    ranks = [moved["initial"], *(event["ranks"] for event in moved["events"])]
+    assert ranks[0] != ranks[-1]
+    for each in ranks:
+        assert {rank for name, rank in each.items() if name.endswith(query)} == {2}
+        assert all(rank >= 1 for name, rank in each.items() if name.endswith(others))
+    assert moved["events"][-1]["parameters"] <= BUDGET
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from flowra_adapters import attach
 from flowra_allocation import AdaLoRA, Breathe, FlexLoRA, FlexLoRASchedule, RefinementSchedule, Shrink, allocate
 from flowra_pipelines.composition_config import load_composition
 from flowra_pipelines.config_file import read_content
-from flowra_pipelines.config_sections import POLICY_KEYS, AdapterConfig, AllocationConfig, RefinementConfig
+from flowra_pipelines.config_sections import KEEP_FLOORS, POLICY_KEYS, AdapterConfig, AllocationConfig, RefinementConfig
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.run_config import RunConfig, load_config
 from flowra_pipelines.static_plans import STATIC
@@ -138,15 +138,18 @@ def test_an_option_of_another_policy_is_refused(refinement: dict[str, Any], key:
 @pytest.mark.parametrize("key", ["floor=1", "floors.query=1", "frozen.query=1", "rank_steps=vllm"])
 def test_what_policies_do_not_keep_to_needs_ranks_that_stay(key: str) -> None:
     name = key.partition("=")[0].partition(".")[0]
-    for policy in sorted(POLICY_KEYS.keys() - {"none"}):
+    keepers = ("none",) if name == "rank_steps" else KEEP_FLOORS
+    for policy in sorted(POLICY_KEYS.keys() - set(keepers)):
         wanted = (
-            rf"allocation\.{name} must be left out with refinement\.policy {policy}, .*set refinement\.policy: none"
+            rf"allocation\.{name} must be left out with refinement\.policy {policy},"
+            rf" .*set refinement\.policy: {' or '.join(keepers)};"
         )
         with pytest.raises(UserError, match=wanted):
             load_config(MINIMAL, [f"allocation.{key}", f"refinement.policy={policy}"])
         load_config(MINIMAL, ["allocation.cap=4", "allocation.caps={query: 2}", f"refinement.policy={policy}"])
-    found = load_config(MINIMAL, [f"allocation.{key}", "refinement.policy=none"])
-    assert getattr(found.allocation, name) is not None
+    for policy in keepers:
+        found = load_config(MINIMAL, [f"allocation.{key}", f"refinement.policy={policy}"])
+        assert getattr(found.allocation, name) is not None
     with pytest.raises(UserError, match=rf"allocation\.{name} has no effect with allocation\.plan uniform"):
         load_config(MINIMAL, [f"allocation.{key}", "refinement.policy=none", "allocation.plan=uniform"])
 

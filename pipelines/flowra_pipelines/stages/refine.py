@@ -14,7 +14,7 @@ from flowra_pipelines import loss_figure
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.learning_rate import with_learning_rate
 from flowra_pipelines.policies import build_policy, largest_ranks
-from flowra_pipelines.rank_limits import caps_of
+from flowra_pipelines.rank_limits import caps_of, floors_of
 from flowra_pipelines.report_refinement import Refinement, adapter_shapes, refinement_figures_of
 from flowra_pipelines.run_config import RunConfig
 from flowra_pipelines.stages.phase import penalties, phase_metrics, resume_phase, save_phase
@@ -112,6 +112,7 @@ def _refiner(config: RunConfig, model: torch.nn.Module, plan: RankPlan, policy: 
     """
     budget = plan.budget if plan.final_budget is None else plan.final_budget  # which may be edited by hand
     layers = low_rank_layers(model)
+    floors = floors_of(config.allocation, plan.ranks)
     try:
         return Refiner(
             model,
@@ -124,6 +125,7 @@ def _refiner(config: RunConfig, model: torch.nn.Module, plan: RankPlan, policy: 
                 caps=caps_of(config.allocation, plan.modules),
                 bounded=config.refinement.policy != "flexlora_compat",
             ),
+            floors={name: floors[name] for name in layers},
             budget=budget,
             policy=policy,
             seed=config.seed,

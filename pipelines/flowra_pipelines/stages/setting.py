@@ -140,10 +140,9 @@ def survey(config: RunConfig, model: PreTrainedModel, task: Task) -> Layers:
         )
     limits = rank_limits(config.allocation, {name: min(shape) for name, shape in shapes.items()})  # likewise said now
     needed = sum(cost * limits.least(name) for name, cost in costs.items())
-    spent = int(config.refinement.plan_factor * budget)
-    if needed > spent:
+    if needed > budget:
         raise UserError(
-            f"allocation.floors and frozen must fit what the plan spends, {spent} parameters, got {needed}."
+            f"allocation.floors and frozen must fit the budget, {budget} parameters here, got {needed}."
             " Lower them or raise the budget."
         )
     if config.allocation.plan in PLACEMENTS:

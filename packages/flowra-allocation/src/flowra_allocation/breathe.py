@@ -29,6 +29,7 @@ class Breathe(Policy):
     """
 
     name = "breathe"
+    keeps_floors = True
     watches = "grams and gradients"
 
     schedule: RefinementSchedule
@@ -82,7 +83,12 @@ class Breathe(Policy):
         growing = [name for name, (energy, _) in rows.items() if energy > 0]
         room = sum(costs[name] for name in growing if snapshot.layers[name].rank < snapshot.layers[name].cap)
         free = 0.0 if last else min(self.share * snapshot.budget, room)
-        shedding = shed({name: each.gains for name, each in directions.items()}, costs, budget=snapshot.budget - free)
+        shedding = shed(
+            {name: each.gains for name, each in directions.items()},
+            costs,
+            budget=snapshot.budget - free,
+            floors={name: view.floor for name, view in snapshot.layers.items()},
+        )
         admitted = (
             ()
             if last

@@ -47,6 +47,8 @@ class LayerView:
     """Parameters per direction."""
     cap: int
     """Largest rank."""
+    floor: int = 0
+    """Least rank; 0 for a policy that does not keep to floors."""
     gram: BottleneckGram | None = None
     """Of the batches that were watched; None if the policy does not watch, or the rank is 0."""
     growth: tuple[float, Tensor] | None = None
@@ -154,6 +156,8 @@ class Policy(ABC):
 
     name: ClassVar[str]
     """Of the policy, for the history."""
+    keeps_floors: ClassVar[bool] = False
+    """Whether no module falls below its floor. A refiner refuses floors for a policy that does not keep to them."""
 
     @property
     def watches(self) -> Literal["nothing", "grams", "grams and gradients"]:

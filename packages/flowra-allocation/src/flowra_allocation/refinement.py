@@ -50,6 +50,8 @@ class Refiner:
         policy: when rank moves, and where to.
         costs: module name to parameters per unit of rank.
         caps: module name to its largest rank.
+        floors: module name to a rank below which it does not fall, 0 where not named; a module whose floor is its cap
+            stays as it is. For policies that keep to them.
         budget: P, in parameters; the present ranks must fit the policy's peak.
         averages: running averages of the updates (of an EMA of the model), module name to layer, changed alike.
         loss: whether the training loss is a mean or a sum over the examples of a batch.
@@ -60,8 +62,9 @@ class Refiner:
         history: what happened so far.
 
     Raises:
-        ValueError: if names differ, the present ranks exceed the policy's peak, the policy cannot move the layers, or
-            ranks would change by new Parameters in a model that is wrapped (see :meth:`check_wrapping`).
+        ValueError: if names differ, the present ranks exceed the policy's peak, the policy cannot move the layers,
+            floors are above the present ranks or the budget or not for the policy, or ranks would change by new
+            Parameters in a model that is wrapped (see :meth:`check_wrapping`).
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Refiner:
         costs: Mapping[str, int],
         caps: Mapping[str, int],
         budget: int,
+        floors: Mapping[str, int] | None = None,
         averages: Sequence[Mapping[str, AnyLayer]] = (),
         loss: Literal["mean", "sum"] = "mean",
         seed: int = 0,
@@ -84,6 +88,7 @@ class Refiner:
             )
         self._model, self._layers, self._costs, self._caps = model, layers, costs, caps
         self._policy, self._budget, self._averages = policy, budget, averages
+        self._floors = {name: (floors or {}).get(name, 0) for name in layers}
         self._loss, self._seed, self._group = loss, seed, group
         self._observer: BottleneckObserver | None = None
         self._begun = False
@@ -94,6 +99,7 @@ class Refiner:
         allowed = int(budget * policy.peak)
         if self._parameters() > allowed:
             raise ValueError(f"ranks must fit the budget of {allowed} parameters, got {self._parameters()}")
+        self._check_floors(floors or {})
         self.check_wrapping()
         policy.check(self._snapshot(0))
         if policy.watches == "grams and gradients":
@@ -313,7 +319,7 @@ class Refiner:
             seed=self._seed,
             loss=self._loss,
             layers={
-                name: form_of(layer, cost=self._costs[name], cap=self._caps[name])
+                name: form_of(layer, cost=self._costs[name], cap=self._caps[name], floor=self._floors[name])
                 for name, layer in self._layers.items()
             },
             history=self.history,
@@ -321,6 +327,23 @@ class Refiner:
             policy=self._policy.state(),
             watched=watched,
         )
+
+    def _check_floors(self, floors: Mapping[str, int]) -> None:
+        if not any(floors.values()):
+            return
+        ranks = self._ranks()
+        wrong = {name: least for name, least in floors.items() if not 0 <= least <= ranks.get(name, -1)}
+        needed = sum(self._costs[name] * least for name, least in self._floors.items())
+        if wrong or needed > self._budget:
+            raise ValueError(
+                "floors must be ranks ≥ 0 of the layers, none above the present one, and fit the budget of"
+                f" {self._budget} parameters, got {wrong or needed}. Lower them, or raise the budget."
+            )
+        if not self._policy.keeps_floors:
+            raise ValueError(
+                f"floors must be left out with the policy {self._policy.name}, which does not keep to them,"
+                f" got {dict(floors)}"
+            )
 
     def _watch(self, event: int) -> BottleneckObserver:
         sketch = self._policy.watches == "grams and gradients" and event != self._policy.steps[-1]
@@ -358,6 +381,7 @@ class Refiner:
             scaling=layer.scaling,
             cost=self._costs[name],
             cap=self._caps[name],
+            floor=self._floors[name],
             gram=gram,
             growth=growth,
         )

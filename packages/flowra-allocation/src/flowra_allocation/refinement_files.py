@@ -160,13 +160,13 @@ def _state(content: dict[str, Any], tensors: dict[str, Tensor]) -> RefinementSta
 
 
 def _layer(content: Any, name: str) -> LayerForm:  # noqa: ANN401 - JSON
-    _check_keys(content, ("form", "shape", "cost", "cap"), f"layer {name!r}")
+    _check_keys(content, ("form", "shape", "cost", "cap", "floor"), f"layer {name!r}")
     shape = content["shape"]
     if content["form"] not in get_args(Form) or not isinstance(shape, list) or len(shape) != 2:
         raise ValueError(f"layers must have a known form and a shape (m, n), got {content}; {name!r}")
     m, n = (_count(size, f"shape of {name!r}", 1) for size in shape)
-    cost, cap = (_count(content[key], f"{key} of {name!r}") for key in ("cost", "cap"))
-    return LayerForm(form=content["form"], shape=(m, n), cost=cost, cap=cap)
+    cost, cap, floor = (_count(content[key], f"{key} of {name!r}") for key in ("cost", "cap", "floor"))
+    return LayerForm(form=content["form"], shape=(m, n), cost=cost, cap=cap, floor=floor)
 
 
 def _history(content: Any, layers: Mapping[str, LayerForm]) -> RankHistory:  # noqa: ANN401 - JSON

@@ -33,13 +33,15 @@ class LayerForm:
     """Parameters per direction."""
     cap: int
     """Largest rank."""
+    floor: int
+    """Least rank."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class RefinementState:
     """A refinement between two steps of the optimiser."""
 
-    format_version: ClassVar[int] = 1
+    format_version: ClassVar[int] = 2
 
     step: int
     """Finished optimiser steps of the whole run."""
@@ -64,10 +66,10 @@ class RefinementState:
         return self.history.events[-1].ranks if self.history.events else self.history.initial
 
 
-def form_of(layer: AnyLayer, *, cost: int, cap: int) -> LayerForm:
+def form_of(layer: AnyLayer, *, cost: int, cap: int, floor: int = 0) -> LayerForm:
     """Return the form of an update."""
     form: Form = "slots" if has_slots(layer) else "triplets" if has_triplets(layer) else "pair"
-    return LayerForm(form=form, shape=(len(layer.lora_B), layer.lora_A.shape[1]), cost=cost, cap=cap)
+    return LayerForm(form=form, shape=(len(layer.lora_B), layer.lora_A.shape[1]), cost=cost, cap=cap, floor=floor)
 
 
 @torch.no_grad()

@@ -6,7 +6,8 @@ The parameters allowed after step t fall from κP at the start to P at the freez
 
 and at each event the directions with the smallest gain per parameter leave until the rest fits. Gains within a module
 fall, so dropping from the tail of each module loses the least for what is freed, up to less than one unit: the KKT gap
-says by how much the worst direction kept beats the best one dropped. Nothing comes back, so parameters never rise.
+says by how much the worst direction that might have left beats the best one dropped. No module falls below its floor,
+and nothing comes back, so parameters never rise.
 
 Gains are those of :mod:`flowra_allocation.directions`, measured anew at each event: of the batches watched before it
 (``flow``), or of the update alone (``magnitude``). The final count is ≤ P; the peak is κP, and both are reported.
@@ -33,6 +34,7 @@ class Shrink(Policy):
     """
 
     name = "shrink"
+    keeps_floors = True
 
     schedule: RefinementSchedule
     """When."""
@@ -95,8 +97,9 @@ class Shrink(Policy):
         """Drop what does not fit P(t)."""
         directions = measure_directions(snapshot.layers, self.measure)
         costs = {name: view.cost for name, view in snapshot.layers.items()}
+        floors = {name: view.floor for name, view in snapshot.layers.items()}
         allowed = self.allowed(snapshot.step, snapshot.budget)
-        shedding = shed({name: each.gains for name, each in directions.items()}, costs, budget=allowed)
+        shedding = shed({name: each.gains for name, each in directions.items()}, costs, budget=allowed, floors=floors)
         return Moves(
             keep=best_of(directions, shedding.keep, snapshot.layers),
             importance=densities(directions, snapshot.layers),
