@@ -1,9 +1,11 @@
 """A write that fails leaves a folder as it was, whoever writes."""
 
+import os
 import resource
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,38 @@ def test_a_write_that_fails_leaves_the_folder_as_it_was(write: Callable[[Path, i
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     write(tmp_path, LIMIT)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} != before
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
+def test_a_kill_between_two_changes_of_files_leaves_the_old_the_new_or_nothing_to_read(
+    write: Callable[[Path, int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def files(folder: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    write(tmp_path / "old", 3)
+    write(tmp_path / "new", 4)
+    old, new = files(tmp_path / "old"), files(tmp_path / "new")
+    changes, found = {name: getattr(os, name) for name in ("replace", "unlink")}, []
+    for killed_at in range(9):
+        folder, left = tmp_path / str(killed_at), killed_at
+        write(folder, 3)
+
+        def change(name: str, *places: Path) -> None:
+            nonlocal left
+            if left == 0 and (name == "replace" or places[0].suffix != ".partial"):  # a kill cleans nothing up
+                raise KeyboardInterrupt
+            left -= 1
+            changes[name](*places)
+
+        with monkeypatch.context() as patched, suppress(KeyboardInterrupt):
+            for name in changes:
+                patched.setattr(os, name, partial(change, name))
+            write(folder, 4)
+        found.append(files(folder))
+        assert found[-1] in (old, new) or not any(name.endswith(".json") for name in found[-1])
+    assert found[0] == old
+    assert found[-1] == new
 
 
 @pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
