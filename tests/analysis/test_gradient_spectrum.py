@@ -112,6 +112,17 @@ def test_norm_and_error_are_unbiased_and_the_norm_scatters_less_than_that_of_the
     assert float(torch.tensor(norms).std()) < 0.5 * float(torch.tensor(alone).std())
 
 
+def test_a_squared_norm_is_positive_however_little_the_sketch_says() -> None:
+    flat, fell_back = matrix(torch.ones(12, dtype=torch.float64)), 0
+    for seed in range(60):
+        state = sketch(flat, size=1, seed=seed)
+        found = state.finalise()
+        alone = float(state.sums.check.square().sum()) / len(state.sums.check)
+        assert found.squared_norm > 0
+        fell_back += found.squared_norm == alone
+    assert 0 < fell_back < 30
+
+
 @settings(max_examples=30, deadline=None)
 @given(order=st.permutations(range(6)), cuts=st.lists(st.integers(0, 6), min_size=2, max_size=2))
 def test_neither_the_order_of_batches_nor_their_split_over_states_matters(order: list[int], cuts: list[int]) -> None:

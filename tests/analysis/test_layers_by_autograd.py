@@ -59,6 +59,7 @@ LAYERS: dict[str, Layer] = {
     "conv1d of transformers": lambda: (Conv1D(6, 4), torch.randn(3, 5, 4)),
     "embedding": embedding(None),
     "embedding with a padding id": embedding(0),
+    "embedding, one id each": lambda: (nn.Embedding(11, 5, padding_idx=0), torch.tensor([3, 0, 1])),
     "conv, same padding": same_padding,
     **{
         f"conv{dims}d{', transposed' * transposed}, {groups} groups{', strided and dilated' * strided}, {padding}": (

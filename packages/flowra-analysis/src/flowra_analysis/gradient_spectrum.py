@@ -245,7 +245,8 @@ class GradientSketch:
 
         ‖G − Ĝ‖² is estimated by ‖Θ(G − Ĝ)‖²/p, which is unbiased since Θ takes no part in Ĝ. ‖G‖² is estimated by
         ‖Ĝ‖² + (‖ΘG‖² − ‖ΘĜ‖²)/p: unbiased for the same reason, with variance (2/p)‖G Gᵀ − Ĝ Ĝᵀ‖²_F, which vanishes with
-        the error, where ‖ΘG‖²/p alone would scatter by up to √(2/p). The expectation is over the probes.
+        the error, where ‖ΘG‖²/p alone would scatter by up to √(2/p). The expectation is over the probes. Where Ĝ says
+        next to nothing, with sizes of 1 or 2, the sum can be negative; then ‖ΘG‖²/p is taken.
 
         Returns:
             Values and vectors of Ĝ, on the device of the state. With σ the values of G (the paper's theorem 5.1),
@@ -263,11 +264,12 @@ class GradientSketch:
         u, sigma, vt = torch.linalg.svd(_least_squares(psi @ p, half.T).T)
         left, right = q @ u, p @ vt.T
         expected = (theta @ left * sigma) @ right.T  # Θ Ĝ
+        squared_norm = float(sigma.square().sum() + (check.square().sum() - expected.square().sum()) / NUM_CHECKS)
         return GradientSpectrum(
             singular_values=sigma,
             left=left.to(self.sums.range.dtype),
             right=right.to(self.sums.range.dtype),
-            squared_norm=float(sigma.square().sum() + (check.square().sum() - expected.square().sum()) / NUM_CHECKS),
+            squared_norm=squared_norm if squared_norm >= 0 else float(check.square().sum() / NUM_CHECKS),
             squared_error=float((check - expected).square().sum() / NUM_CHECKS),
         )
 

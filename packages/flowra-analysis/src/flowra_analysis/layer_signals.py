@@ -126,7 +126,7 @@ class Recorder:
         if not torch.is_grad_enabled():
             return None
         x: Tensor = (*args, *kwargs.values())[0]  # the first argument is called input, in Conv1D x
-        if x.ndim < 2:
+        if x.ndim < (1 if isinstance(module, nn.Embedding) else 2):
             raise ValueError(f"input must have shape (N, …, n), got {tuple(x.shape)} at {name!r}. Add a batch axis.")
         if not output.requires_grad or output._is_view():
             # A copy: a leaf could not be changed in place by what follows, and a view would lose our hook if it is.
