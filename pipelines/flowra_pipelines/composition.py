@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -221,7 +221,7 @@ def compose(
     modules = {
         name: replace(each, truncation_loss=state.relative_losses.get(name)) for name, each in report.modules.items()
     }
-    report = replace(report, modules=modules)
+    report = replace(report, modules=modules, settings=_settings(rule, options, truncation))
     return Merged(
         path=out,
         rule=rule,
@@ -231,6 +231,14 @@ def compose(
         parameters=parameters,
         report=report,
     )
+
+
+def _settings(rule: str, options: MergeOptions | None, truncation: Truncation | None) -> dict[str, str | float]:
+    """Say how adapters are merged, as a report keeps it; what nobody said is as the rule has it."""
+    said = [asdict(each) for each in (options, truncation) if each is not None]
+    return {"rule": rule} | {
+        key: value for each in said for key, value in each.items() if isinstance(value, str | int | float)
+    }
 
 
 def truncation_of(

@@ -153,6 +153,7 @@ def _numbers(report: InterferenceReport, advice: Recommendation) -> str:
     worst, drop = report.worst_task, report.largest_drop
     shown = {
         "advice": advice.advice,
+        "merged by": _merged_by(report),
         "tasks": f"{len(report.tasks):,}",
         "modules": f"{len(report.modules):,}",
         "energy kept": _percent(report.energy_kept),
@@ -161,6 +162,17 @@ def _numbers(report: InterferenceReport, advice: Recommendation) -> str:
     }
     rows = (f"<div><dt>{key}</dt><dd>{escape(value)}</dd></div>" for key, value in shown.items() if value)
     return f'<dl class="numbers">{"".join(rows)}</dl>'
+
+
+def _merged_by(report: InterferenceReport) -> str | None:
+    """Say rule and settings in a line; None where they are not known."""
+    rule = report.settings.get("rule")
+    others = [
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in report.settings.items()
+        if key != "rule"
+    ]
+    return printable(", ".join(([str(rule)] if rule else []) + others)) or None
 
 
 def _advice(advice: Recommendation) -> str:

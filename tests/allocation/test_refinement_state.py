@@ -249,8 +249,8 @@ def at(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:  # noq
     [
         (at("surplus", value=1), "unknown \\['surplus'\\]"),
         (lambda content: content.pop("seed"), "missing \\['seed'\\]"),
-        (at("format_version", value=2), "format_version must be 1, got 2"),
-        (at("format_version", value=True), "format_version must be 1, got True"),
+        (at("format_version", value=1), "format_version must be 2, got 1"),
+        (at("format_version", value=True), "format_version must be 2, got True"),
         (at("step", value=4.0), "step must be a whole number ≥ 0, got 4.0"),
         (at("step", value=6), "step must lie where 1 events of .* have been held, got 6"),
         (at("step", value=3), "step must lie where 1 events"),

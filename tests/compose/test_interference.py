@@ -443,6 +443,7 @@ def whole() -> InterferenceReport:
     known = {"fc": tuple(statistics(5, 4, seed=i) for i in range(3)), "out": (statistics(3, 6, seed=5), None, None)}
     merged = {name: truncated(sum_of(updates), rank=2) for name, updates in modules.items()}
     report = report_of(modules, merged, known, weights=(1.0, 2.0, -0.5))
+    report = replace(report, settings={"rule": "truncated_svd", "rank": 2, "density": 0.5})
     return scored(report, (0.5, 0.9, 0.88), (0.6, 0.8, 0.6), (0.5, 0.7, 0.75))
 
 
@@ -477,8 +478,8 @@ FC = ("modules", "fc")
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (edited("format_version", value=2), "format_version must be 1, got 2"),
-        (edited("format_version", value=True), "format_version must be 1, got True"),
+        (edited("format_version", value=1), "format_version must be 2, got 1"),
+        (edited("format_version", value=True), "format_version must be 2, got True"),
         (edited("surplus", value=1), "unexpected keyword argument 'surplus'"),
         (edited(*FC, "surplus", value=1), "unexpected keyword argument 'surplus'"),
         (edited(*FC, "tasks", 0, "surplus", value=1), "unexpected keyword argument 'surplus'"),
@@ -495,6 +496,17 @@ FC = ("modules", "fc")
         (edited("scores", "a", "merged", value="high"), "merged must be a finite number, got 'high'"),
         (edited("scores", "a", "merged", value=10**400), "merged must be a finite number, got 1000"),
         (edited("scores", "a", "merged", value=...), "missing 1 required keyword-only argument: 'merged'"),
+        (edited("settings", value=...), "KeyError: 'settings'"),
+        (edited("settings", value=["ties"]), "an object is needed"),
+        (
+            edited("settings", "rule", value=None),
+            "settings must be text or finite numbers by name, got None for 'rule'",
+        ),
+        (
+            edited("settings", "rule", value=True),
+            "settings must be text or finite numbers by name, got True for 'rule'",
+        ),
+        (edited("settings", "rule", value=["ties"]), "settings must be text or finite numbers by name"),
         (edited("modules", value={}), "modules must be at least one, got none"),
         (edited("modules", value=[]), "AttributeError"),
         (edited("modules", "fc", value=[["shape", [1, 2]]]), "an object is needed"),

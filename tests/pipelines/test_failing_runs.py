@@ -68,7 +68,8 @@ def test_a_budget_below_one_unit_of_rank(fails: Command) -> None:
 def test_least_ranks_above_the_budget_before_anything_is_trained(
     fails: Command, tmp_path: Path, policy: str, said: dict[str, Any]
 ) -> None:
-    message = fails("calibrate", "--set", f"refinement={{policy: {policy}}}", allocation=said)
+    few = "" if policy == "none" else ", events: 2"
+    message = fails("calibrate", "--set", f"refinement={{policy: {policy}{few}}}", allocation=said)
     assert "allocation.floors and frozen must fit the budget, 700 parameters here, got" in message
     assert not (tmp_path / "runs" / "tiny" / "calibrate").exists()
 

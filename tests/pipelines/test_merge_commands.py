@@ -102,6 +102,16 @@ def test_two_adapters_become_one_that_peft_loads(tasks: Path, tmp_path: Path, he
     loaded = PeftModel.from_pretrained(base, str(out))
     assert loaded.peft_config["default"].rank_pattern
     assert read_interference(out).tasks == ("a", "b")
+    assert read_interference(out).settings == {"rule": "cat"}
+
+
+def test_report_and_page_say_how_it_was_merged(tasks: Path, tmp_path: Path, here: Here) -> None:
+    asked = ("--method", "dare_ties", "--density", "0.25", "--seed", "3", "--rank", "2")
+    files = ("--heads-from", tasks / "a", "--out", tmp_path / "out", "--report", tmp_path / "page.html")
+    assert here("merge", tasks / "a", tasks / "b", *asked, *files)[0] == 0
+    said = {"rule": "dare_ties", "density": 0.25, "seed": 3, "rank": 2}
+    assert read_interference(tmp_path / "out").settings == said
+    assert "<dd>dare_ties, density 0.25, seed 3, rank 2</dd>" in (tmp_path / "page.html").read_text()
 
 
 def test_dora_and_trained_biases_of_peft_are_merged_beside_their_base(tasks: Path, tmp_path: Path, here: Here) -> None:

@@ -28,6 +28,7 @@ def to_json(report: InterferenceReport) -> str:
         "tasks": list(report.tasks),
         "metric": report.metric,
         "scores": scores,
+        "settings": dict(report.settings),
         "modules": {name: asdict(module) for name, module in report.modules.items()},
     }
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
@@ -50,6 +51,7 @@ def from_json(text: str) -> InterferenceReport:
             tasks=_as_tuple(content.pop("tasks")),
             modules={name: _module(each) for name, each in content.pop("modules").items()},
             metric=content.pop("metric"),
+            settings=_as_object(content.pop("settings")),
             scores=None if scores is None else {name: TaskScores(**each) for name, each in scores.items()},
             **content,
         )

@@ -9,7 +9,7 @@ Source: docs/methods.md, section 27.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import ClassVar, Literal
 
@@ -179,7 +179,7 @@ class InterferenceReport:
         ValueError: if tasks are not distinct names, or another part does not fit them.
     """
 
-    format_version: ClassVar[int] = 1
+    format_version: ClassVar[int] = 2
 
     tasks: tuple[str, ...]
     """Names, in the order of the adapters that took part."""
@@ -189,6 +189,8 @@ class InterferenceReport:
     """What C and S of ``missed`` and ``response`` are: with ``inputs`` S = I; None without statistics."""
     scores: Mapping[str, TaskScores] | None = None
     """Of every task, where they were measured."""
+    settings: Mapping[str, str | float] = field(default_factory=dict)
+    """How it was merged, as plain values by name: ``rule``, and what else was said; empty where that is not known."""
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
@@ -308,6 +310,10 @@ class InterferenceReport:
         known = any(one.missed is not None for module in self.modules.values() for one in module.tasks)
         if known != (self.metric is not None):
             raise ValueError(f"metric must be there if and only if something is missed in it, got {self.metric!r}")
+        for key, value in self.settings.items():
+            plain = type(key) is str and type(value) in {str, int, float}
+            if not plain or (not isinstance(value, str) and not math.isfinite(value)):
+                raise ValueError(f"settings must be text or finite numbers by name, got {value!r} for {key!r}")
 
     def _check_module(self, name: str, module: ModuleInterference) -> None:
         count, pairs = len(self.tasks), self.pairs
