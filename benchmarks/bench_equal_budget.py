@@ -9,7 +9,7 @@ one half of the held-out examples; all figures are of the other half, over all s
 placement that is best in the very table, which favours it: paired over (task, seed) for the t-test, bootstrapped over
 examples for the intervals, p-values corrected after Holm over the methods. Peak parameters are printed beside the final
 ones: what starts above the budget, on all layers, starts at twice it, or at one direction for every layer if that is
-more. Where it did not (runs in `results/equal_budget/partial_probe`), layers that were left out by chance never got rank.
+more. Where it did not (runs in `results/equal_budget/partial_probe`), layers left out by chance never got rank.
 
 A first line says how many hours one process needs. Every run is kept in FOLDER and made once; one that was broken off
 goes on where it stopped, and `--finished` reports what is there. Processes that are given the same folder share the

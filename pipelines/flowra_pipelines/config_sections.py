@@ -310,7 +310,7 @@ class ExtraAdapter(Section):
     """Another adapter to merge with the trained one."""
 
     path: str
-    """Folder in PEFT's format."""
+    """Folder, in PEFT's format or Flowra's own."""
     weight: float = 1.0
     """Factor of its update."""
     statistics: str | None = None

@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from flowra_adapters import load_adapter, read_checkpoint
+from flowra_adapters import attach, load_adapter, read_checkpoint, save_adapter
 from flowra_allocation import read_plan, write_plan
 from flowra_analysis import read_profile, write_profile
 from flowra_compose.interference_files import read_interference
@@ -271,6 +271,26 @@ def test_refinement_can_be_switched_off(copy: RunConfig) -> None:
     final = read_checkpoint(copy.folder / "refine" / "adapter")
     assert {name: a.shape[0] for name, (a, _) in final.factors.items()} == planned
     assert not (copy.folder / "refine" / "rank_history.json").exists()
+
+
+def test_an_extra_adapter_in_files_of_our_own_is_merged_as_its_export(copy: RunConfig, tmp_path: Path) -> None:
+    model = base_model(copy, load_setting(copy))
+    query = next(name for name, _ in model.named_modules() if name.endswith("query"))
+    (dora,) = attach(model, {query: 1}, method="dora").values()
+    with torch.no_grad():
+        dora.lora_B.normal_(generator=torch.Generator().manual_seed(0))
+        update = dora.delta_weight(model.get_submodule(query).weight).clone()
+    save_adapter(model, tmp_path / "dora")
+    assert not (tmp_path / "dora" / "adapter_config.json").exists()
+    merge = copy.merge.model_validate({"extra": [{"path": str(tmp_path / "dora")}]})
+    run_stage("merge", WORK["merge"], copy.model_copy(update={"merge": merge}), log=unlogged)
+    own, both = (read_checkpoint(copy.folder / stage / "adapter") for stage in ("refine", "merge"))
+    wanted = update
+    if query in own.factors:
+        lora_A, lora_B = own.factors[query]
+        wanted = wanted + own.scalings[query] * lora_B @ lora_A
+    lora_A, lora_B = both.factors[query]
+    torch.testing.assert_close(both.scalings[query] * lora_B @ lora_A, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_extra_adapters_are_added_exactly(copy: RunConfig) -> None:

@@ -17,6 +17,7 @@ from flowra_compose import MergeOptions, ModuleStatistics, read_adapter
 from flowra_compose.interference_files import write_interference
 from flowra_pipelines.composition import check_provenance, compose, task_names, truncation_of
 from flowra_pipelines.errors import UserError
+from flowra_pipelines.export import in_peft_form
 from flowra_pipelines.merge_rules import OPTIONS
 from flowra_pipelines.report_interference import write_interference_page
 from flowra_pipelines.run_config import RunConfig
@@ -39,31 +40,33 @@ def merge_stage(config: RunConfig, folder: Path) -> StageResult:
     """Write ``adapter/`` (unit scale, for PEFT and vLLM), ``model/``, ``check.json``, and what others cost."""
     setting = load_setting(config)
     others = [Path(each.path) for each in config.merge.extra]
-    sources = [folder.parent / "refine" / "adapter", *others]
+    own = folder.parent / "refine" / "adapter"
     weights = [1.0, *(each.weight for each in config.merge.extra)]
     model = base_model(config, setting)
     own_head = 0 if setting.task.heads(model) else None
     chosen = config.merge
     try:
-        inputs = [read_adapter(source, base=model.get_parameter) for source in sources]
-        merged = compose(
-            sources,
-            folder / "adapter",
-            names=task_names([config.folder, *others]),
-            weights=weights,
-            rule=chosen.rule,
-            options=MergeOptions(**{key: getattr(chosen, key) for key in OPTIONS}),
-            truncation=truncation_of(
-                rank=chosen.rank,
-                energy=chosen.energy,
-                budget=chosen.budget,
-                inputs=inputs,
-                base_parameters=sum(parameter.numel() for parameter in _of_the_base(model, setting)),
-            ),
-            statistics=_statistics(config, sources[0], {name for one in inputs for name in one.updates}),
-            heads_from=own_head,
-            base=model.get_parameter,
-        )
+        with in_peft_form(others, config.model.path) as readable:
+            sources = [own, *readable]
+            inputs = [read_adapter(source, base=model.get_parameter) for source in sources]
+            merged = compose(
+                sources,
+                folder / "adapter",
+                names=task_names([config.folder, *others]),
+                weights=weights,
+                rule=chosen.rule,
+                options=MergeOptions(**{key: getattr(chosen, key) for key in OPTIONS}),
+                truncation=truncation_of(
+                    rank=chosen.rank,
+                    energy=chosen.energy,
+                    budget=chosen.budget,
+                    inputs=inputs,
+                    base_parameters=sum(parameter.numel() for parameter in _of_the_base(model, setting)),
+                ),
+                statistics=_statistics(config, own, {name for one in inputs for name in one.updates}),
+                heads_from=own_head,
+                base=model.get_parameter,
+            )
         load_adapter(model, folder / "adapter")
     except (ValueError, ArithmeticError) as error:
         raise UserError(str(error)) from None
@@ -84,7 +87,7 @@ def merge_stage(config: RunConfig, folder: Path) -> StageResult:
             *((f"merge/{key}", value, 0) for key, value in check.items()),
             *(merged.metrics if others else ()),
         ],
-        parameters={"adapters": len(sources), "largest_rank": max(ranks.values())},
+        parameters={"adapters": 1 + len(others), "largest_rank": max(ranks.values())},
         summary={
             "check": f"merged and unmerged logits differ by {check['relative_difference']:.1e} of the largest",
             "adapter": f"{len(ranks)} modules, largest rank {max(ranks.values())}",
