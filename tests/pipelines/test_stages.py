@@ -276,13 +276,14 @@ def test_refinement_can_be_switched_off(copy: RunConfig) -> None:
 def test_an_extra_adapter_in_files_of_our_own_is_merged_as_its_export(copy: RunConfig, tmp_path: Path) -> None:
     model = base_model(copy, load_setting(copy))
     query = next(name for name, _ in model.named_modules() if name.endswith("query"))
-    (dora,) = attach(model, {query: 1}, method="dora").values()
+    (triplets,) = attach(model, {query: 2}, method="svd").values()
     with torch.no_grad():
-        dora.lora_B.normal_(generator=torch.Generator().manual_seed(0))
-        update = dora.delta_weight(model.get_submodule(query).weight).clone()
-    save_adapter(model, tmp_path / "dora")
-    assert not (tmp_path / "dora" / "adapter_config.json").exists()
-    merge = copy.merge.model_validate({"extra": [{"path": str(tmp_path / "dora")}]})
+        for each in triplets.parameters():
+            each.normal_(generator=torch.Generator().manual_seed(0))
+        update = triplets.delta_weight().clone()
+    save_adapter(model, tmp_path / "triplets")
+    assert not (tmp_path / "triplets" / "adapter_config.json").exists()
+    merge = copy.merge.model_validate({"extra": [{"path": str(tmp_path / "triplets")}]})
     run_stage("merge", WORK["merge"], copy.model_copy(update={"merge": merge}), log=unlogged)
     own, both = (read_checkpoint(copy.folder / stage / "adapter") for stage in ("refine", "merge"))
     wanted = update
