@@ -281,7 +281,7 @@ def test_an_extra_adapter_in_files_of_our_own_is_merged_as_its_export(copy: RunC
         for each in triplets.parameters():
             each.normal_(generator=torch.Generator().manual_seed(0))
         update = triplets.delta_weight().clone()
-    save_adapter(model, tmp_path / "triplets")
+    save_adapter(model, tmp_path / "triplets", task_type="SEQ_CLS")
     assert not (tmp_path / "triplets" / "adapter_config.json").exists()
     merge = copy.merge.model_validate({"extra": [{"path": str(tmp_path / "triplets")}]})
     run_stage("merge", WORK["merge"], copy.model_copy(update={"merge": merge}), log=unlogged)
