@@ -1,4 +1,4 @@
-"""The demo's comparison over learning rates and seeds, with refinement on and off; resumable.
+"""The demo's comparison over learning rates, seeds and policies of refinement; resumable.
 
 python benchmarks/bench_demo_grid.py FOLDER [--seeds 2]
 
@@ -19,6 +19,8 @@ from flowra_pipelines.stages.table import WORK
 
 DEMO = Path(__file__).parent.parent / "pipelines" / "flowra_pipelines" / "configs" / "demo.yaml"
 LEARNING_RATES = (1e-3, 2e-3, 4e-3)
+POLICIES = ("shrink", "breathe", "none")
+"""The default first."""
 
 
 def unlogged(result: StageResult, folder: Path) -> None:
@@ -26,14 +28,14 @@ def unlogged(result: StageResult, folder: Path) -> None:
 
 
 def configuration(folder: Path, seed: int, rate: float, policy: str) -> RunConfig:
-    """Return the demo at a seed, learning rate and policy; baselines are run once, beside the policy `breathe`."""
+    """Return the demo at a seed, learning rate and policy; baselines are run once, beside the default policy."""
     overrides = {
-        "name": f"seed{seed}-lr{rate:g}",
+        "name": f"seed{seed}-lr{rate:g}-{policy}",
         "output_root": folder,
         "seed": seed,
         "training.learning_rate": rate,
         "refinement.policy": policy,
-        "evaluation.baselines": "[base, uniform]" if policy == "breathe" else "[]",
+        "evaluation.baselines": "[base, uniform]" if policy == POLICIES[0] else "[]",
         "merge.save_model": "false",
     }
     return load_config(DEMO, [f"{key}={value}" for key, value in overrides.items()])
@@ -58,9 +60,11 @@ def main() -> None:
         for rate in LEARNING_RATES:
             done = arguments.folder / f"seed{seed}-lr{rate:g}.json"
             if not done.exists():
-                moved = accuracies(configuration(arguments.folder, seed, rate, "breathe"))
-                still = accuracies(configuration(arguments.folder, seed, rate, "none"))["flowra"]
-                done.write_text(json.dumps({**moved, "flowra without refinement": still}), encoding="utf-8")
+                found: dict[str, float] = {}
+                for policy in POLICIES:
+                    of_policy = accuracies(configuration(arguments.folder, seed, rate, policy))
+                    found |= {f"flowra, {policy}" if name == "flowra" else name: of_policy[name] for name in of_policy}
+                done.write_text(json.dumps(found), encoding="utf-8")
             for method, value in json.loads(done.read_text(encoding="utf-8")).items():
                 table.setdefault((method, rate), []).append(value)
     best = {

@@ -179,7 +179,9 @@ def made(name: str, steps: int) -> Training:
     """Build one of the runs."""
     match name:
         case "shrink":
-            return Refined(2 * RANK, lambda unit: RANK * unit, Shrink(schedule=schedule(steps), kappa=2.0))
+            return Refined(
+                2 * RANK, lambda unit: RANK * unit, Shrink(schedule=schedule(steps), measure="flow", kappa=2.0)
+            )
         case "shrink by magnitude":
             policy = Shrink(schedule=schedule(steps), measure="magnitude", kappa=2.0)
             return Refined(2 * RANK, lambda unit: RANK * unit, policy)

@@ -36,7 +36,7 @@ class Run:
         self.refiner = Refiner(
             self.model,
             self.layers,
-            policy=Shrink(schedule=RefinementSchedule(start=4, freeze=24, events=4, observe=4), kappa=2.0),
+            policy=Shrink(schedule=RefinementSchedule(start=4, freeze=24, events=4, observe=4), measure="flow"),
             costs=costs,
             caps=dict.fromkeys(costs, 4),
             budget=sum(2 * cost for cost in costs.values()),

@@ -220,8 +220,8 @@ class AllocationConfig(Section):
 class RefinementConfig(Section):
     """Which policy moves rank between modules, and when."""
 
-    policy: Literal["breathe", "shrink", "flexlora", "flexlora_compat", "adalora", "none"] = "breathe"
-    """``breathe`` moves rank inside the budget; ``shrink`` and ``adalora`` start above it and end inside it;
+    policy: Literal["shrink", "breathe", "flexlora", "flexlora_compat", "adalora", "none"] = "shrink"
+    """``shrink`` and ``adalora`` start above the budget and end inside it; ``breathe`` moves rank inside it;
     ``flexlora`` prunes and expands by entropy; ``flexlora_compat`` does as its published code; ``none`` trains on at
     the planned ranks."""
     start: Annotated[float, Field(gt=0, lt=1)] = 0.4
@@ -237,8 +237,8 @@ class RefinementConfig(Section):
     observe: Annotated[int, Field(ge=1)] = 4
     """Steps before an event on which statistics are gathered, at most those since the event before; for ``breathe``,
     and ``shrink`` by flow."""
-    measure: Literal["flow", "magnitude"] = "flow"
-    """What a direction is worth: the loss without it, by bottleneck Grams, or its norm; for ``shrink``."""
+    measure: Literal["magnitude", "flow"] = "magnitude"
+    """What a direction is worth: its norm, or the loss without it, by bottleneck Grams; for ``shrink``."""
     kappa: Annotated[float, Field(gt=1)] | None = None
     """κ: the plan spends κ times the budget, and rank falls from there; for ``shrink``, by default 2, and ``adalora``,
     by default 1.5."""

@@ -22,7 +22,7 @@ from flowra_testing.policy_run import SLOTS, Form, PolicyRun
 
 SCHEDULE = RefinementSchedule(start=2, freeze=14, events=4, observe=2)
 KEEPING: dict[str, Policy] = {
-    "shrink by flow": Shrink(schedule=SCHEDULE),
+    "shrink by flow": Shrink(schedule=SCHEDULE, measure="flow"),
     "shrink by magnitude": Shrink(schedule=SCHEDULE, measure="magnitude"),
     "breathe": Breathe(schedule=SCHEDULE, share=0.5),
 }

@@ -37,7 +37,7 @@ SCHEDULE = RefinementSchedule(start=2, freeze=10, events=4, observe=2)  # events
 WATCHED = 5  # a step between two events with statistics of one step
 POLICIES: Mapping[str, Callable[[], Policy]] = {
     "breathe": lambda: Breathe(schedule=SCHEDULE, share=0.3),
-    "shrink": lambda: Shrink(schedule=SCHEDULE, kappa=2.0),
+    "shrink": lambda: Shrink(schedule=SCHEDULE, measure="flow", kappa=2.0),
     "adalora": lambda: AdaLoRA(total_steps=12, tinit=2, tfinal=2, delta_t=2, kappa=2.0),
 }
 

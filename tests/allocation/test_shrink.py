@@ -34,7 +34,7 @@ def schedules(draw: st.DrawFn) -> RefinementSchedule:
 def test_the_path_falls_from_kappa_times_the_budget_to_the_budget(
     schedule: RefinementSchedule, kappa: float, budget: int
 ) -> None:
-    policy = Shrink(schedule=schedule, kappa=kappa)
+    policy = Shrink(schedule=schedule, measure="flow", kappa=kappa)
     path = [policy.allowed(step, budget) for step in range(schedule.freeze + 5)]
     assert path == sorted(path, reverse=True)
     assert path[: schedule.start + 1] == [path[0]] * (schedule.start + 1)
@@ -44,7 +44,7 @@ def test_the_path_falls_from_kappa_times_the_budget_to_the_budget(
 
 
 def test_the_path_is_the_cubic_of_the_steps_that_are_left() -> None:
-    policy = Shrink(schedule=RefinementSchedule(start=10, freeze=50), kappa=3.0)
+    policy = Shrink(schedule=RefinementSchedule(start=10, freeze=50), measure="flow", kappa=3.0)
     assert [policy.allowed(step, 1000) for step in (10, 20, 30, 40, 50)] == [3000, 1843, 1250, 1031, 1000]
 
 
@@ -150,7 +150,7 @@ def test_of_equals_the_first_module_by_name_loses_its_last_direction(measure: Me
 
 def test_magnitude_needs_no_statistics_and_flow_watches_grams_alone() -> None:
     assert Shrink(schedule=SCHEDULE, measure="magnitude").watches == "nothing"
-    assert Shrink(schedule=SCHEDULE).watches == "grams"
+    assert Shrink(schedule=SCHEDULE, measure="flow").watches == "grams"
 
 
 @pytest.mark.parametrize("form", ["pair", "triplets"])
@@ -167,7 +167,7 @@ def test_of_the_written_update_the_direction_that_costs_less_leaves_and_the_gap_
         cap=3,
         gram=BottleneckGram(a @ c @ a.T, b.T @ s @ b, 1.0, 1.0),
     )
-    moves = Shrink(schedule=SCHEDULE).decide(Snapshot(step=14, layers={"m": view}, budget=7, seed=0))
+    moves = Shrink(schedule=SCHEDULE, measure="flow").decide(Snapshot(step=14, layers={"m": view}, budget=7, seed=0))
     assert moves.kkt_gap == pytest.approx((gains[1] - gains[0]).item() / 7, abs=1e-8)
     left = moves.keep["m"]
     if isinstance(left, tuple):
@@ -255,7 +255,7 @@ def test_an_event_takes_from_the_output_what_it_drops_and_no_more(form: Form) ->
 
 @FORMS
 def test_two_runs_are_equal_bit_by_bit(form: Form) -> None:
-    runs = [PolicyRun(Shrink(schedule=SCHEDULE), form) for _ in range(2)]
+    runs = [PolicyRun(Shrink(schedule=SCHEDULE, measure="flow"), form) for _ in range(2)]
     events = [run.train(14).events for run in runs]
     assert events[0] == events[1]
     assert torch.equal(*(run.output() for run in runs))
@@ -263,12 +263,12 @@ def test_two_runs_are_equal_bit_by_bit(form: Form) -> None:
 
 def test_a_start_above_the_peak_is_refused() -> None:
     with pytest.raises(ValueError, match=r"ranks must fit the budget of 100 parameters, got"):
-        PolicyRun(Shrink(schedule=SCHEDULE), "pair", budget=50)
+        PolicyRun(Shrink(schedule=SCHEDULE, measure="flow"), "pair", budget=50)
 
 
 def test_updates_that_fit_the_budget_are_refused_before_training() -> None:
     with pytest.raises(ValueError, match="ranks must start above the budget of 1000 parameters to shrink, got "):
-        PolicyRun(Shrink(schedule=SCHEDULE), "pair", budget=1000)
+        PolicyRun(Shrink(schedule=SCHEDULE, measure="flow"), "pair", budget=1000)
 
 
 @pytest.mark.parametrize("triplets", [False, True])

@@ -117,7 +117,7 @@ def tiny_config(folder: Path, **changes: Any) -> dict[str, Any]:  # noqa: ANN401
         "training": {"steps": 40, "batch_size": 8, "learning_rate": 0.01},
         "calibration": {"examples": 32, "batch_size": 8, "report": False},
         "validation": {"examples": 24, "retrained": 1},
-        "refinement": {"events": 2, "observe": 2, "share": 0.3},
+        "refinement": {"policy": "breathe", "events": 2, "observe": 2, "share": 0.3},
         **changes,
     }
 

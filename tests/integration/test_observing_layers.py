@@ -31,7 +31,7 @@ def test_a_grouped_convolution_shrinks_by_flow() -> None:
     model, x = grouped()
     layers = attach(model, {"0": 3}, scaling=1.0)
     costs = {"0": layers["0"].cost_per_rank}
-    policy = Shrink(schedule=RefinementSchedule(start=0, freeze=4, events=2, observe=1), kappa=3.0)
+    policy = Shrink(schedule=RefinementSchedule(start=0, freeze=4, events=2, observe=1), measure="flow", kappa=3.0)
     refiner = Refiner(model, layers, policy=policy, costs=costs, caps={"0": 3}, budget=costs["0"])
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=0.01)
     for step in range(4):

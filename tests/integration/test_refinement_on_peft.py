@@ -483,7 +483,7 @@ def test_a_merged_adapter_is_not_resized() -> None:
 SCHEDULE = RefinementSchedule(start=2, freeze=10, events=4, observe=2)
 POLICIES: dict[str, Policy] = {
     "breathe": Breathe(schedule=SCHEDULE, share=0.3),
-    "shrink by flow": Shrink(schedule=SCHEDULE, kappa=2.0),
+    "shrink by flow": Shrink(schedule=SCHEDULE, measure="flow", kappa=2.0),
     "shrink by magnitude": Shrink(schedule=SCHEDULE, measure="magnitude", kappa=2.0),
 }
 
@@ -581,7 +581,7 @@ VARIANTS_IN_TRAINING = [{}, {"use_dora": True, "use_rslora": True, "lora_dropout
 @pytest.mark.slow
 @pytest.mark.parametrize("options", VARIANTS_IN_TRAINING, ids=str)
 @pytest.mark.parametrize(
-    "policy", [POLICIES["breathe"], Shrink(schedule=SCHEDULE, kappa=4.0)], ids=["breathe", "shrink"]
+    "policy", [POLICIES["breathe"], Shrink(schedule=SCHEDULE, measure="flow", kappa=4.0)], ids=["breathe", "shrink"]
 )
 def test_training_resumes_bit_by_bit_from_a_checkpoint_between_two_events(
     policy: Policy, options: dict[str, Any], tmp_path: Path

@@ -58,6 +58,7 @@ BASE: Mapping[str, object] = {
     "calibration.examples": 32,
     "calibration.batch_size": 8,
     "calibration.report": False,
+    "refinement.policy": "breathe",
     "refinement.events": 2,
     "refinement.observe": 2,
     "refinement.share": 0.3,
@@ -300,6 +301,7 @@ LANGUAGE = {"model.path": "llama", "model.task": "causal_lm", "evaluation.baseli
 
 TO_REFINE = ("allocate", "train", "refine")
 OF_BREATHE = ("refinement.events", "refinement.observe", "refinement.share")
+NOT_OF_SHRINK = ("refinement.observe", "refinement.share")
 SHRINK = {"refinement.policy": "shrink"}
 FLEXLORA = {"refinement.policy": "flexlora", "refinement.interval": 2, "refinement.b0": 2}
 NO_MOVES = {"refinement.policy": "none"}
@@ -408,7 +410,7 @@ ROWS = (
     Row("allocation.rank_steps", [1], planned_ranks, **STAYING),
     Row("allocation.rank_steps", "vllm", planned_ranks, **STAYING | {"prepare": rank_for_one}),
     Row("refinement.policy", "none", rank_moves, stages=("refine",), without=OF_BREATHE),
-    Row("refinement.policy", "shrink", parameters_over_time, stages=TO_REFINE, without=("refinement.share",)),
+    Row("refinement.policy", "shrink", parameters_over_time, stages=TO_REFINE, without=NOT_OF_SHRINK),
     Row("refinement.policy", "adalora", files_to_train_on, stages=TO_REFINE, without=OF_BREATHE),
     Row(
         "refinement.policy",
@@ -436,13 +438,13 @@ ROWS = (
     Row("refinement.observe", 1, refined, stages=("refine",)),
     Row(
         "refinement.measure",
-        "magnitude",
+        "flow",
         refined,
         stages=TO_REFINE,
         beside=SHRINK,
-        without=("refinement.share", "refinement.observe"),
+        without=NOT_OF_SHRINK,
     ),
-    Row("refinement.kappa", 1.3, planned_ranks, stages=("allocate",), beside=SHRINK, without=("refinement.share",)),
+    Row("refinement.kappa", 1.3, planned_ranks, stages=("allocate",), beside=SHRINK, without=NOT_OF_SHRINK),
     Row("refinement.interval", 3, steps_of_events, **IN_FLEXLORA),
     Row("refinement.b0", 1, directions_dropped, **IN_FLEXLORA),
     Row(

@@ -45,8 +45,8 @@ MINIMAL: dict[str, Any] = {"name": "one", "model": {"path": "m"}, "data": {"trai
 BUDGET = 1400
 POLICIES: Mapping[str, dict[str, object]] = {
     "breathe": {"policy": "breathe", "events": 2, "observe": 2, "share": 0.3},
-    "shrink by flow": {"policy": "shrink", "events": 3, "observe": 2},
-    "shrink by magnitude": {"policy": "shrink", "events": 3, "measure": "magnitude", "kappa": 1.5},
+    "shrink by flow": {"policy": "shrink", "measure": "flow", "events": 3, "observe": 2},
+    "shrink by magnitude": {"policy": "shrink", "events": 3, "kappa": 1.5},
     "flexlora": {"policy": "flexlora", "interval": 4, "b0": 2},
     "flexlora, masked": {"policy": "flexlora", "interval": 4, "b0": 2, "back_end": "masked"},
     "flexlora that expands by sensitivity": {
@@ -325,9 +325,9 @@ def of(refinement: Mapping[str, object], steps: int = 200) -> RunConfig:
 @pytest.mark.parametrize(
     ("refinement", "kind", "settings"),
     [
-        ({}, Breathe, {"start": 80, "freeze": 140, "events": 4, "observe": 4, "share": 0.1}),
-        ({"policy": "shrink", "events": 1}, Shrink, {"events": 1, "measure": "flow", "kappa": 2.0}),
-        ({"policy": "shrink", "measure": "magnitude", "kappa": 3}, Shrink, {"measure": "magnitude", "kappa": 3.0}),
+        ({}, Shrink, {"start": 80, "freeze": 140, "events": 4, "measure": "magnitude", "kappa": 2.0}),
+        ({"events": 1, "measure": "flow", "kappa": 3}, Shrink, {"events": 1, "measure": "flow", "kappa": 3.0}),
+        ({"policy": "breathe", "share": 0.2}, Breathe, {"events": 4, "observe": 4, "share": 0.2}),
         ({"policy": "adalora"}, AdaLoRA, {"tinit": 80, "tfinal": 60, "delta_t": 10, "kappa": 1.5, "target_rank": None}),
         (
             {"policy": "flexlora", "metric": "nuclear", "moves": "prune", "interval": 5},

@@ -76,7 +76,7 @@ def test_defaults_are_those_of_the_packages() -> None:
             "refinement={policy: flexlora, interval: 50, b0: 1}",
             r"refinement\.b0 must be at least 1 after its decay at the first event, 50 steps into the 60 .* got 1",
         ),
-        ("refinement={policy: breathing}", r"refinement\.policy must be 'breathe', 'shrink', .* got 'breathing'"),
+        ("refinement={policy: breathing}", r"refinement\.policy must be 'shrink', 'breathe', .* got 'breathing'"),
         ("data.test_split=dev", r"data\.test_split has no effect without data\.test"),
         ("name=../up", r"name must match pattern"),
         ("training", r"override must be key=value, got 'training'"),
@@ -189,7 +189,8 @@ def test_ranks_that_stay_need_no_freeze() -> None:
 @pytest.mark.parametrize(
     ("refinement", "method", "factor"),
     [
-        ({}, "lora", 1.0),
+        ({}, "lora", 2.0),
+        ({"policy": "breathe"}, "lora", 1.0),
         ({"policy": "none"}, "lora", 1.0),
         ({"policy": "shrink", "kappa": 3}, "lora", 3.0),
         ({"policy": "adalora", "back_end": "masked"}, "svd_masked", 1.5),

@@ -38,8 +38,8 @@ class Shrink(Policy):
 
     schedule: RefinementSchedule
     """When."""
-    measure: Literal["flow", "magnitude"] = "flow"
-    """What a direction is worth: what the K-FAC model of the loss loses, or the squared norm of its part of ΔW."""
+    measure: Literal["magnitude", "flow"] = "magnitude"
+    """What a direction is worth: the squared norm of its part of ΔW, or what the K-FAC model of the loss loses."""
     kappa: float = 2.0
     """κ: parameters at the start, as a multiple of the budget, > 1."""
 
