@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,11 @@ class Outcome:
         return float(self.values("losses").mean())
 
     @property
+    def budget(self) -> int:
+        """Of the final parameters, the same for all."""
+        return int(next(iter(self.runs.values()))["budget"])
+
+    @property
     def parameters(self) -> int:
         """Largest final count over seeds."""
         return max(run["parameters"] for run in self.runs.values())
@@ -69,10 +74,15 @@ class Table:
     methods: Mapping[str, Outcome]
     reference: str
     """The placement of LoRA that is best in this very table, which favours it."""
-    placements: Sequence[str]
+    placements: Collection[str]
     """Names of all its placements."""
     accuracy: bool
     """Whether the score is one; else it is the loss once more."""
+
+    @property
+    def limit(self) -> int:
+        """Parameters that no method has at its end: the budget, or what the reference has if that is more."""
+        return max(self.methods[self.reference].budget, self.methods[self.reference].peak)
 
     @property
     def spread(self) -> float:
@@ -91,8 +101,7 @@ class Table:
 def show(table: Table) -> list[Row]:
     """Print a table, and return its rows."""
     rows = []
-    budget = next(iter(table.methods[table.reference].runs.values()))["budget"]
-    print(f"\n{table.title}: budget {budget:,}, best placement of LoRA: {table.reference}")
+    print(f"\n{table.title}: budget {table.limit:,}, best placement of LoRA: {table.reference}")
     print(
         f"{'method':<36}{'lr':>8}{'params':>9}{'peak':>9}{'loss':>8} ±{'':<6}{'score':>8}  difference of loss;"
         " * rate at the edge of what was tried"
@@ -111,7 +120,7 @@ def show(table: Table) -> list[Row]:
         if table.accuracy:
             rows.append(Row(what=f"{table.title}: {name}: accuracy", ours=_round(score.mean())))
         what = f"{table.title}: {name}: parameters at the end (peer: at the peak)"
-        rows.append(Row(what=what, ours=each.parameters, peer=each.peak, limit=budget, sense="<="))
+        rows.append(Row(what=what, ours=each.parameters, peer=each.peak, limit=table.limit, sense="<="))
         what = f"{table.title}: {name}: learning rate{', the edge of those tried' if each.at_the_edge else ''}"
         rows.append(Row(what=what, ours=each.rate))
     return rows

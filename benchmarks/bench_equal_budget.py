@@ -9,7 +9,8 @@ one half of the held-out examples; all figures are of the other half, over all s
 placement that is best in the very table, which favours it: paired over (task, seed) for the t-test, bootstrapped over
 examples for the intervals, p-values corrected after Holm over the methods. Peak parameters are printed beside the final
 ones: what starts above the budget, on all layers, starts at twice it, or at one direction for every layer if that is
-more. Where it did not (runs in `results/equal_budget/partial_probe`), layers left out by chance never got rank.
+more. Where it did not (runs in `results/equal_budget/partial_probe`), layers left out by chance never got rank. A
+second table has equal peaks: what exceeds the budget beside uniform LoRA that keeps as many parameters to its end.
 
 A first line says how many hours one process needs. Every run is kept in FOLDER and made once; one that was broken off
 goes on where it stopped, and `--finished` reports what is there. Processes that are given the same folder share the
@@ -23,7 +24,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -242,11 +243,12 @@ def widest(run: Run, *, of_E: int = 0) -> float:
     return max(2.0, (sum(cost + of_E for cost in run.costs.values()) + 1) / run.budget)
 
 
-def lora(names: Callable[[Run], Sequence[str]], *, fractional: bool = False) -> Method:
-    """Uniform LoRA on some of the layers."""
+def lora(names: Callable[[Run], Sequence[str]], *, fractional: bool = False, at_peak: bool = False) -> Method:
+    """Uniform LoRA on some of the layers, within the budget or within what others have at their peak."""
 
     def train(run: Run) -> tuple[int, int]:
-        ranks = start(run, names(run), run.budget, fractional=fractional)
+        budget = int(widest(run) * run.budget) if at_peak else run.budget
+        ranks = start(run, names(run), budget, fractional=fractional)
         run.attach({name: rank for name, rank in ranks.items() if rank})
         run.train(run.optimizer())
         return counted(run)
@@ -438,6 +440,12 @@ COMPARED = (
 )
 """Asked after a look at the first table: one method beside another on the same layers."""
 PLACEMENTS = tuple(name for name in METHODS if name.startswith("LoRA"))
+AT_PEAK: dict[str, Method] = {
+    "LoRA, q and v, at the peak": lora(q_v, at_peak=True),
+    "LoRA, MLP, at the peak": lora(lambda run: run.mlp, fractional=True, at_peak=True),
+    "LoRA, all layers, at the peak": lora(lambda run: list(run.costs), fractional=True, at_peak=True),
+}
+"""Uniform LoRA with the parameters that others have at their peak."""
 
 
 @lru_cache(maxsize=1)
@@ -496,7 +504,7 @@ def _train(key: str, method: str, rate: float, seed: int, folder: Path, file: Pa
     run, began = prepared(key, folder, rate, seed), time.perf_counter()
     content: dict[str, Any] = {"budget": run.budget, "precision": str(run.precision)}
     try:
-        content["parameters"], content["peak"] = METHODS[method](run)
+        content["parameters"], content["peak"] = (METHODS | AT_PEAK)[method](run)
         content["losses"], content["scores"] = scored(run)
     except (UserError, RefinementError) as error:  # the loss is no longer finite, or the policy cannot go on
         content["error"] = str(error)
@@ -542,25 +550,33 @@ def outcome(key: str, method: str, folder: Path, *, seeds: int, work: Work) -> O
     return Outcome(rate=rate, tried=[each for each, run in tried.items() if run], runs=finite) if finite else None
 
 
-def table(key: str, folder: Path, *, seeds: int, work: Work) -> Table | None:
-    """Run or read every method; None if no placement of LoRA is there."""
-    found = {name: outcome(key, name, folder, seeds=seeds, work=work) for name in METHODS}
+def tables(key: str, folder: Path, *, seeds: int, work: Work) -> tuple[Table | None, Table | None]:
+    """Run or read every method; return the table at equal budgets, and that at equal peaks, where LoRA is there."""
+    found = {name: outcome(key, name, folder, seeds=seeds, work=work) for name in METHODS | AT_PEAK}
     methods = {name: each for name, each in found.items() if each is not None}
-    present = [name for name in PLACEMENTS if name in methods]
+    at_budget = {name: each for name, each in methods.items() if name in METHODS}
+    above = {name: each for name, each in methods.items() if each.peak > each.budget}
+    return (
+        table(key, TASKS[key].title, at_budget, PLACEMENTS),
+        table(key, f"{TASKS[key].title}, equal peaks", above, AT_PEAK),
+    )
+
+
+def table(key: str, title: str, methods: Mapping[str, Outcome], placements: Collection[str]) -> Table | None:
+    """Compare with the best placement of LoRA; None if there is none."""
+    present = [name for name in placements if name in methods]
     if not present:
         return None
     best = min(present, key=lambda name: methods[name].loss)
-    task = TASKS[key]
-    return Table(
-        title=task.title, methods=methods, reference=best, placements=PLACEMENTS, accuracy=task.kind != "causal_lm"
-    )
+    accuracy = TASKS[key].kind != "causal_lm"
+    return Table(title=title, methods=methods, reference=best, placements=placements, accuracy=accuracy)
 
 
 def hours(keys: Sequence[str], folder: Path, *, seeds: int) -> float:
     """Guess the hours of one process of what is still to be run, from two steps and one held-out batch of each task."""
     total = 0.0
     for key in keys:
-        task, count = TASKS[key], len(METHODS) * (len(TASKS[key].rates) + seeds - 1)
+        task, count = TASKS[key], len(METHODS | AT_PEAK) * (len(TASKS[key].rates) + seeds - 1)
         done = len(list(folder.glob(f"{key}-*.json")))
         run = prepared(key, folder, task.rates[0], 0)
         run.attach(dict.fromkeys(run.costs, 1))
@@ -593,16 +609,18 @@ def main() -> None:
             f"about {hours(keys, arguments.folder, seeds=arguments.seeds):.1f} hours to go in one process", flush=True
         )
         for key in keys:
-            table(key, arguments.folder, seeds=arguments.seeds, work="unclaimed")
+            tables(key, arguments.folder, seeds=arguments.seeds, work="unclaimed")
     rows = []
     work: Work = "none" if arguments.finished else "all"
-    tables = {key: table(key, arguments.folder, seeds=arguments.seeds, work=work) for key in keys}
-    present = [found for found in tables.values() if found is not None]
-    for found in present:
-        rows += show(found)
-        rows += between(found, COMPARED)
-    rows += over_all(present)
-    draw(present, PICTURE)
+    found = [tables(key, arguments.folder, seeds=arguments.seeds, work=work) for key in keys]
+    at_budget = [each for each, _ in found if each is not None]
+    for each in at_budget:
+        rows += show(each)
+        rows += between(each, COMPARED)
+    rows += over_all(at_budget)
+    for _, at_peak in found:
+        rows += [] if at_peak is None else show(at_peak)
+    draw(at_budget, PICTURE)
     command = f"python benchmarks/bench_equal_budget.py FOLDER --tasks {arguments.tasks} --seeds {arguments.seeds}"
     print(write("equal_budget", rows, command=command))
 
