@@ -138,7 +138,8 @@ class CalibrationConfig(Section):
     probe_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of T that the probe trains."""
     probe_factor: Annotated[float, Field(ge=1)] = 2.0
-    """κ: the probe's uniform rank is ⌈κ · mean rank the budget allows⌉."""
+    """κ: the probe's uniform rank is ⌈κ · mean rank the budget allows⌉; κ is at least what a plan by flow spends
+    (``refinement.kappa``), for it gives no module more rank than the probe."""
     examples: Annotated[int, Field(ge=8)] = 128
     """Training examples the statistics are taken on."""
     batch_size: Annotated[int, Field(ge=1)] = 16

@@ -1,12 +1,9 @@
 """What a run would do, without training."""
 
-import math
-
 from flowra_allocation import mean_rank
 from flowra_pipelines.progress import console
 from flowra_pipelines.run_config import RunConfig
-from flowra_pipelines.stages.calibrate import probe_rank
-from flowra_pipelines.stages.setting import base_model, load_setting, survey
+from flowra_pipelines.stages.setting import base_model, load_setting, probe_rank, survey
 
 __all__ = ["show_plan"]
 
@@ -17,7 +14,7 @@ def show_plan(config: RunConfig) -> None:
     model = base_model(config, setting)
     layers = survey(config, model, setting.task)
     average = mean_rank(layers.costs, layers.budget)
-    probe = probe_rank(config, layers)
+    probe = probe_rank(config, layers.costs, layers.budget)
     needed = config.training.steps * config.training.batch_size * config.training.gradient_accumulation
     console.print(f"[bold]{config.name}[/bold] in {config.folder}")
     console.print(f"base: {config.model.path}, {layers.base_parameters:,} parameters")
@@ -33,8 +30,8 @@ def show_plan(config: RunConfig) -> None:
         f"mean rank {average:.2f}, probe rank {probe} (peak {probe * sum(layers.costs.values()):,} parameters)"
     )
     if config.allocation.plan == "flow":
-        cap = config.allocation.cap or math.ceil(8 * average)
-        console.print(f"plan: by flow, cap {cap} per module; η = {config.sensitivity_threshold:g}")
+        cap = min(config.allocation.cap or probe, probe)
+        console.print(f"plan: by flow, at most rank {cap}; η = {config.sensitivity_threshold:g}")
     else:
         console.print(f"plan: {config.allocation.plan}, which looks at no data")
     chosen = config.refinement

@@ -32,6 +32,13 @@ class RankLimits:
         cap = self.caps.get(name, floor) if isinstance(self.caps, Mapping) else self.caps
         return floor if cap is None else min(floor, cap)
 
+    def most(self, name: str, largest: int) -> int:
+        """Return the rank that a module has at most, where it could have the largest otherwise."""
+        if name in self.frozen:
+            return self.frozen[name]
+        cap = self.caps.get(name) if isinstance(self.caps, Mapping) else self.caps
+        return largest if cap is None else min(largest, cap)
+
 
 def rank_limits(chosen: AllocationConfig, largest: Mapping[str, int]) -> RankLimits:
     """Resolve patterns to modules.

@@ -43,7 +43,8 @@ class RunConfig(Section):
     """Adapter parameters, heads not counted: a percentage of the base's (``0.1%``), a number (``22713``, ``300k``), a
     size in float32 (``2MB``), ``like r=8 on q,v``, or ``same as PATH``: what the plan, adapter or run there has."""
     sensitivity_threshold: Annotated[float, Field(ge=0, lt=1)] = SENSITIVITY_THRESHOLD
-    """η: modules with ψ below it get no rank. 0 switches it off."""
+    """η: modules with ψ below it get no rank. 0 switches it off. It is set aside where the others cannot exceed the
+    budget and the policy of refinement starts above it."""
     model: ModelConfig
     data: DataConfig
     adapter: AdapterConfig = AdapterConfig()
@@ -95,6 +96,12 @@ class RunConfig(Section):
         if self.model.task == "causal_lm" and {"label", "labels", "text_pair"} & self.data.model_fields_set:
             raise ValueError("data.label, data.labels and data.text_pair have no effect with causal_lm")
         return self
+
+    @property
+    def probe_factor(self) -> float:
+        """κ of the probe: ``calibration.probe_factor``, or what a plan by flow spends, for it knows no other gains."""
+        plans = self.refinement.plan_factor if self.allocation.plan == "flow" else 1.0
+        return max(self.calibration.probe_factor, plans)
 
     @property
     def probe_steps(self) -> int:

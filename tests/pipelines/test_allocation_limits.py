@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from flowra_analysis import read_profile
 from flowra_pipelines.config_sections import AllocationConfig
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.policies import largest_ranks
-from flowra_pipelines.rank_limits import CAP_STEPS, caps_of, rank_limits
+from flowra_pipelines.rank_limits import CAP_STEPS, rank_limits
 from flowra_pipelines.run_config import RunConfig, load_config
 from flowra_pipelines.stages.record import StageRecord, StageResult, run_stage
 from flowra_pipelines.stages.setting import base_model, load_setting, lora_layers
@@ -84,15 +83,17 @@ def test_the_same_rank_said_twice_is_no_contradiction() -> None:
 def test_caps_hold_while_rank_moves_but_take_nothing_away() -> None:
     module = ModulePlan(rank=1, alpha=2.0, cost_per_rank=32, psi=0.5, gains=(1.0,))
     plan = RankPlan(
-        modules=dict.fromkeys(NAMES, module), budget=512, parameters=128, scaling=2.0, sensitivity_threshold=0.0
+        modules=dict.fromkeys(NAMES, module), budget=128, parameters=128, scaling=2.0, sensitivity_threshold=0.0
     )
-    layers: Any = {name: Mock(rank=1, lora_A=torch.zeros(1, 16), lora_B=torch.zeros(16, 1)) for name in NAMES}
-    layers["h.0.q_proj"].rank = 3  # a plan written by hand
-    free = largest_ranks(plan, 128, layers)
-    assert free == dict.fromkeys(NAMES, 8)
-    assert largest_ranks(plan, 128, layers, caps=2) == {**dict.fromkeys(NAMES, 2), "h.0.q_proj": 3}
-    chosen = AllocationConfig(cap=40, caps={"v": 0})
-    assert largest_ranks(plan, 128, layers, caps=caps_of(chosen, NAMES)) == {**free, "h.0.v_proj": 1}
+    ranks = {**dict.fromkeys(NAMES, 1), "h.0.q_proj": 3}  # a plan written by hand
+
+    def largest(**said: Any) -> dict[str, int]:  # noqa: ANN401 - keys of a section
+        content = {"name": "one", "model": {"path": "m"}, "data": {"train": "d.csv"}, "allocation": said}
+        return largest_ranks(load_config(content), plan, ranks, LARGEST)
+
+    assert largest() == dict.fromkeys(NAMES, 8)
+    assert largest(cap=2) == {**dict.fromkeys(NAMES, 2), "h.0.q_proj": 3}
+    assert largest(cap=40, caps={"v": 0}) == {**dict.fromkeys(NAMES, 8), "h.0.v_proj": 1}
 
 
 # stages
@@ -200,6 +201,31 @@ def test_limits_are_looked_at_before_anything_is_trained(
 ) -> None:
     content = tiny_config(calibrated, refinement={"policy": "none"}, allocation=allocation, output_root=str(tmp_path))
     with pytest.raises(UserError, match=r"^allocation\.(caps|frozen) must "):
+        run(load_config(content), "calibrate")
+    assert not (tmp_path / "tiny" / "calibrate").exists()
+
+
+@pytest.mark.parametrize(
+    ("policy", "allocation"),
+    [
+        ("shrink", {"cap": 1}),
+        ("shrink", {"cap": 1, "plan": "uniform"}),
+        ("shrink", {"frozen": {"*.layer.*": 1}}),
+        ("adalora", {"caps": {"*.layer.*": 1}}),
+    ],
+)
+def test_ranks_that_cannot_exceed_the_budget_are_no_start_for_a_policy_that_gives_back(
+    policy: str, allocation: dict[str, Any], calibrated: Path, tmp_path: Path
+) -> None:
+    content = tiny_config(
+        calibrated,
+        budget="like r=1 on all-linear",
+        refinement={"policy": policy},
+        allocation=allocation,
+        output_root=str(tmp_path),
+    )
+    content["adapter"] = {"targets": ["*.layer.*"]}
+    with pytest.raises(UserError, match=rf"^refinement.policy {policy} must start above the budget, \d+ parameters"):
         run(load_config(content), "calibrate")
     assert not (tmp_path / "tiny" / "calibrate").exists()
 

@@ -35,7 +35,14 @@ from flowra_pipelines.errors import UserError
 from flowra_pipelines.policies import build_policy, largest_ranks
 from flowra_pipelines.run_config import RunConfig, load_config
 from flowra_pipelines.stages.record import StageRecord, StageResult, read_record, run_stage
-from flowra_pipelines.stages.setting import base_model, load_setting, lora_layers, low_rank_layers
+from flowra_pipelines.stages.setting import (
+    base_model,
+    largest_rank,
+    load_setting,
+    lora_layers,
+    low_rank_layers,
+    probe_rank,
+)
 from flowra_pipelines.stages.table import WORK
 from flowra_pipelines.triplets import as_triplets, triplets_of
 from flowra_testing.no_pictures import draw_nothing
@@ -295,11 +302,41 @@ def test_a_plan_of_another_kind_is_refused(calibrated: Path, tmp_path: Path) -> 
 
 
 def test_a_policy_that_cannot_move_the_plan_is_one_line(calibrated: Path, tmp_path: Path) -> None:
-    config = configured(calibrated, tmp_path, {"policy": "flexlora_compat", "interval": 4, "b0": 50})
-    run(config, "allocate", "train")
-    with pytest.raises(UserError, match=r"b must be ≤ \d+, .* \(refinement\.policy flexlora_compat\)") as caught:
-        run(config, "refine")
+    message = r"b must be ≤ \d+, .* \(refinement\.policy flexlora_compat\)"
+    config = configured(calibrated, tmp_path / "planned", {"policy": "flexlora_compat", "interval": 4, "b0": 50})
+    with pytest.raises(UserError, match=message) as caught:
+        run(config, "allocate")
     assert "\n" not in str(caught.value)
+    assert not (config.folder / "allocate").exists()
+    config = configured(calibrated, tmp_path / "trained", {"policy": "flexlora_compat", "interval": 4, "b0": 1})
+    run(config, "allocate", "train")
+    later = config.model_copy(update={"refinement": config.refinement.model_copy(update={"b0": 50})})
+    with pytest.raises(UserError, match=message):
+        run(later, "refine")
+
+
+@pytest.mark.parametrize("name", ["shrink by magnitude", "adalora"])
+def test_where_the_threshold_leaves_nothing_to_give_back_it_is_set_aside(
+    name: str, calibrated: Path, tmp_path: Path
+) -> None:
+    content = tiny_config(calibrated, budget=BUDGET, refinement=POLICIES[name], output_root=str(tmp_path))
+    config = load_config({**content, "sensitivity_threshold": 0.9})
+    shutil.copytree(calibrated / "runs" / "tiny" / "calibrate", config.folder / "calibrate")
+    record = run(config, "allocate")["allocate"]
+    plan = read_plan(config.folder / "allocate")
+    assert plan.parameters > BUDGET
+    assert plan.sensitivity_threshold == 0
+    assert record.summary["threshold"] == f"η set aside: above it nothing exceeds the budget of {BUDGET:,}"
+
+
+def test_the_probe_has_the_rank_that_the_plan_may_spend(calibrated: Path) -> None:
+    shrink = of({"policy": "shrink", "kappa": 4.0})
+    assert shrink.probe_factor == 4.0
+    assert probe_rank(shrink, {"a": 10}, 20) == 8
+    assert probe_rank(of({}), {"a": 10}, 20) == 4
+    assert of({"policy": "none"}).probe_factor == 2.0
+    uniform = load_config({**MINIMAL, "allocation": {"plan": "uniform"}, "refinement": {"kappa": 4.0}})
+    assert uniform.probe_factor == 2.0
 
 
 def test_a_policy_that_cannot_go_on_is_one_line(
@@ -372,11 +409,16 @@ def test_rank_grows_to_eight_mean_ranks_and_no_further_than_its_tensors(calibrat
     config = configured(calibrated, tmp_path, {"policy": "flexlora", "interval": 4, "back_end": "masked"})
     run(config, "allocate", "train")
     plan, layers = read_plan(config.folder / "allocate"), low_rank_layers(model_of(config, "train"))
-    assert largest_ranks(plan, 10**9, layers) == {
-        name: layer.max_rank for name, layer in layers.items() if isinstance(layer, MaskedSVDForm)
-    }
-    assert largest_ranks(plan, 1, layers) == {name: max(1, layer.rank) for name, layer in layers.items()}
-    assert largest_ranks(plan, BUDGET, layers, bounded=False) == largest_ranks(plan, 10**9, layers)
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    slots = {name: layer.max_rank for name, layer in layers.items() if isinstance(layer, MaskedSVDForm)}
+    assert {name: largest_rank(layer) for name, layer in layers.items()} == slots
+
+    def largest(budget: int, config: RunConfig = config) -> dict[str, int]:
+        return largest_ranks(config, dataclasses.replace(plan, final_budget=budget), ranks, slots)
+
+    assert largest(10**9) == slots
+    assert largest(1) == {name: max(1, rank) for name, rank in ranks.items()}
+    assert largest(BUDGET, of({"policy": "flexlora_compat"})) == slots
     pair = LoRA(
         next(iter(layers.values())).operator,
         rank=1,
@@ -385,5 +427,4 @@ def test_rank_grows_to_eight_mean_ranks_and_no_further_than_its_tensors(calibrat
         dtype=torch.float32,
         generator=torch.Generator(),
     )
-    name = next(iter(layers))
-    assert largest_ranks(plan, 10**9, {name: pair}) == {name: min(pair.lora_A.shape[1], pair.lora_B.shape[0])}
+    assert largest_rank(pair) == min(pair.lora_A.shape[1], pair.lora_B.shape[0])

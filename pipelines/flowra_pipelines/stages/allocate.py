@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from flowra_allocation import RankPlan, write_plan
@@ -9,6 +10,7 @@ from flowra_allocation import allocate as solve
 from flowra_analysis import read_profile
 from flowra_pipelines import refinement_figures
 from flowra_pipelines.errors import UserError
+from flowra_pipelines.policies import check_movable
 from flowra_pipelines.rank_limits import rank_limits
 from flowra_pipelines.run_config import RunConfig
 from flowra_pipelines.stages.record import StageResult
@@ -27,13 +29,17 @@ def allocate(config: RunConfig, folder: Path) -> StageResult:
     of_E = 0 if method == "lora" else 1  # a triplet has one parameter more than a pair
     try:
         budget = int(profile.provenance["budget_parameters"])
-        plan = _plan(
+        plan_with = partial(
+            _plan,
             config,
             {name: each.tolist() for name, each in gains.items()},
             {name: module.cost_per_rank + of_E for name, module in profile.modules.items()},
             budget=int(factor * budget),
             largest={name: min(module.shape) for name, module in profile.modules.items()},
         )
+        plan = plan_with(threshold=config.sensitivity_threshold)
+        starved = factor > 1 and plan.parameters <= budget and plan.sensitivity_threshold > 0
+        plan = plan_with(threshold=0.0) if starved else plan
     except KeyError as error:
         raise UserError(f"profile must say {error} in its provenance, got none. Rerun calibrate.") from None
     except ValueError as error:
@@ -46,6 +52,7 @@ def allocate(config: RunConfig, folder: Path) -> StageResult:
     active = {name: rank for name, rank in plan.ranks.items() if rank}
     if not active:
         raise UserError("allocation must leave a module some rank, got caps and frozen modules that leave none")
+    check_movable(config, plan, {name: module.shape for name, module in profile.modules.items()})
     write_plan(plan, folder)
     return StageResult(
         metrics=[("plan/parameters", float(plan.parameters), 0), ("plan/modules", float(len(active)), 0)],
@@ -62,6 +69,7 @@ def allocate(config: RunConfig, folder: Path) -> StageResult:
             "next unit": f"{plan.first_out[0]} (gain {plan.first_out[1]:.2e} per parameter)"
             if plan.first_out
             else "none",
+            **({"threshold": f"η set aside: above it nothing exceeds the budget of {budget:,}"} if starved else {}),
         },
     )
 
@@ -73,6 +81,7 @@ def _plan(
     *,
     budget: int,
     largest: Mapping[str, int],
+    threshold: float,
 ) -> RankPlan:
     """Plan as the configuration says; what it says of ranks is by pattern."""
     chosen, scaling = config.allocation, config.adapter.scaling
@@ -86,7 +95,7 @@ def _plan(
         gains,
         costs,
         budget=budget,
-        sensitivity_threshold=config.sensitivity_threshold,
+        sensitivity_threshold=threshold,
         scaling=scaling,
         solver=chosen.solver,
         caps=limits.caps,

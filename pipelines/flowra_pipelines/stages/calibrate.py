@@ -5,7 +5,6 @@ gradient would absorb the budget. So the probe's *learned* update is measured, b
 (docs/methods.md, sections 4 and 9). What else is asked of it is reported beside that.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flowra_adapters import attach
-from flowra_allocation import BottleneckGram, flow_spectrum, mean_rank
+from flowra_allocation import BottleneckGram, flow_spectrum
 from flowra_analysis import (
     ActivationSpectra,
     FlowProfile,
@@ -41,10 +40,10 @@ from flowra_pipelines.report import profile_report
 from flowra_pipelines.run_config import RunConfig
 from flowra_pipelines.stages.phase import phase_metrics, save_phase
 from flowra_pipelines.stages.record import StageResult
-from flowra_pipelines.stages.setting import Layers, Setting, base_model, load_setting, lora_layers, survey
+from flowra_pipelines.stages.setting import Layers, Setting, base_model, load_setting, lora_layers, probe_rank, survey
 from flowra_pipelines.training import build_optimizer, data_order, train_phase
 
-__all__ = ["activation_spectra", "calibrate", "probe_rank", "read_grams", "spectra_of"]
+__all__ = ["activation_spectra", "calibrate", "read_grams", "spectra_of"]
 
 GRAMS = "bottleneck_grams.safetensors"
 ACTIVATION_SKETCH = 64
@@ -58,7 +57,7 @@ def calibrate(config: RunConfig, folder: Path) -> StageResult:
     layers = survey(config, model, setting.task)
     heads = setting.task.heads(model)
     base = base_hash(model, without=heads)
-    rank = probe_rank(config, layers)
+    rank = probe_rank(config, layers.costs, layers.budget)
     ranks = {name: min(rank, *layers.shapes[name]) for name in layers.costs}
     attach(
         model,
@@ -125,11 +124,6 @@ def _describe(data: TextData) -> str:
     """Count the examples, and those left out with the reason."""
     out = [f"{count:,} left out because {reason}" for reason, count in data.left_out.items()]
     return "; ".join([f"{len(data.train):,} training and {len(data.test):,} test examples", *out])
-
-
-def probe_rank(config: RunConfig, layers: Layers) -> int:
-    """Return the probe's uniform rank, ⌈κ r̄⌉."""
-    return max(1, math.ceil(config.calibration.probe_factor * mean_rank(layers.costs, layers.budget)))
 
 
 def read_grams(folder: Path) -> dict[str, BottleneckGram]:

@@ -218,7 +218,7 @@ def _reads(config: RunConfig) -> dict[str, str]:
         chain = (*_before(name), name)
         sections = [section for stage in chain for section in SECTIONS[stage]]
         reads: dict[str, Any] = {section: values[section] for section in sections}
-        reads["files"] = base_and_data
+        reads |= {"files": base_and_data, "probe_factor": config.probe_factor}
         if "allocate" in chain:
             reads["plan"] = [config.refinement.method, config.refinement.plan_factor]
         if "train" in chain:

@@ -13,13 +13,13 @@ from flowra_allocation.trainer_callback import RefinementCallback
 from flowra_pipelines import loss_figure
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.learning_rate import with_learning_rate
-from flowra_pipelines.policies import build_policy, largest_ranks
-from flowra_pipelines.rank_limits import caps_of, floors_of
+from flowra_pipelines.policies import build_policy, final_budget, largest_ranks
+from flowra_pipelines.rank_limits import floors_of
 from flowra_pipelines.report_refinement import Refinement, adapter_shapes, refinement_figures_of
 from flowra_pipelines.run_config import RunConfig
 from flowra_pipelines.stages.phase import penalties, phase_metrics, resume_phase, save_phase
 from flowra_pipelines.stages.record import StageResult
-from flowra_pipelines.stages.setting import base_model, load_setting, low_rank_layers
+from flowra_pipelines.stages.setting import base_model, largest_rank, load_setting, low_rank_layers
 from flowra_pipelines.training import train_phase
 
 __all__ = ["refine"]
@@ -110,7 +110,6 @@ def _refiner(config: RunConfig, model: torch.nn.Module, plan: RankPlan, policy: 
     Raises:
         UserError: if the policy cannot move what the plan gives it.
     """
-    budget = plan.budget if plan.final_budget is None else plan.final_budget  # which may be edited by hand
     layers = low_rank_layers(model)
     floors = floors_of(config.allocation, plan.ranks)
     try:
@@ -119,14 +118,13 @@ def _refiner(config: RunConfig, model: torch.nn.Module, plan: RankPlan, policy: 
             layers,
             costs={name: plan.modules[name].cost_per_rank for name in layers},
             caps=largest_ranks(
+                config,
                 plan,
-                budget,
-                layers,
-                caps=caps_of(config.allocation, plan.modules),
-                bounded=config.refinement.policy != "flexlora_compat",
+                {name: layer.rank for name, layer in layers.items()},
+                {name: largest_rank(layer) for name, layer in layers.items()},
             ),
             floors={name: floors[name] for name in layers},
-            budget=budget,
+            budget=final_budget(plan),
             policy=policy,
             seed=config.seed,
         )

@@ -1,5 +1,6 @@
 """What every stage starts from: the task, the examples, the base model, and the layers that may carry rank."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flowra_adapters import LoRA, SVDForm, adapters, linear_size, match_modules
-from flowra_allocation import parse_budget
+from flowra_allocation import mean_rank, parse_budget
 from flowra_pipelines.config_sections import DataConfig, ModelConfig
 from flowra_pipelines.data import Examples, TextData, load_text_data, tokenise
 from flowra_pipelines.errors import UserError
@@ -26,9 +27,11 @@ __all__ = [
     "Setting",
     "base_model",
     "check_inputs",
+    "largest_rank",
     "load_setting",
     "lora_layers",
     "low_rank_layers",
+    "probe_rank",
     "shape_of",
     "survey",
     "uniform_layers",
@@ -113,7 +116,8 @@ def survey(config: RunConfig, model: PreTrainedModel, task: Task) -> Layers:
         Costs, shapes and counts.
 
     Raises:
-        UserError: if a pattern matches nothing, limits of rank cannot be meant, or the budget pays for no unit of rank.
+        UserError: if a pattern matches nothing, limits of rank cannot be meant or leave a policy nothing to give back,
+            or the budget pays for no unit of rank.
     """
     heads = task.heads(model)
     try:
@@ -138,12 +142,21 @@ def survey(config: RunConfig, model: PreTrainedModel, task: Task) -> Layers:
             f"budget must pay for at least one unit of rank, {min(costs.values(), default=0)} parameters here,"
             f" got {budget} ({config.budget} of {base_parameters}). Raise the budget."
         )
-    limits = rank_limits(config.allocation, {name: min(shape) for name, shape in shapes.items()})  # likewise said now
+    largest = {name: min(shape) for name, shape in shapes.items()}
+    limits = rank_limits(config.allocation, largest)  # likewise said now
     needed = sum(cost * limits.least(name) for name, cost in costs.items())
     if needed > budget:
         raise UserError(
             f"allocation.floors and frozen must fit the budget, {budget} parameters here, got {needed}."
             " Lower them or raise the budget."
+        )
+    probe = probe_rank(config, costs, budget) if config.allocation.plan == "flow" else budget
+    most = sum(cost * limits.most(name, min(largest[name], probe)) for name, cost in costs.items())
+    if config.refinement.plan_factor > 1 and most <= budget:
+        raise UserError(
+            f"refinement.policy {config.refinement.policy} must start above the budget, {budget} parameters here, got"
+            f" layers, allocation.cap, caps and frozen that allow {most}. Loosen them, lower the budget, or set"
+            " refinement.policy: breathe."
         )
     if config.allocation.plan in PLACEMENTS:
         placed(costs, config.allocation.plan)
@@ -156,6 +169,11 @@ def survey(config: RunConfig, model: PreTrainedModel, task: Task) -> Layers:
     )
 
 
+def probe_rank(config: RunConfig, costs: Mapping[str, int], budget: int) -> int:
+    """Return the probe's uniform rank, ⌈κ r̄⌉."""
+    return max(1, math.ceil(config.probe_factor * mean_rank(costs, budget)))
+
+
 def lora_layers(model: nn.Module) -> dict[str, LoRA]:
     """Return the model's LoRA adapters by module name."""
     return {name: one for name, one in adapters(model).items() if isinstance(one, LoRA)}
@@ -164,6 +182,11 @@ def lora_layers(model: nn.Module) -> dict[str, LoRA]:
 def low_rank_layers(model: nn.Module) -> dict[str, LoRA | SVDForm]:
     """Return the model's adapters whose rank can move, pairs or triplets, by module name."""
     return {name: one for name, one in adapters(model).items() if isinstance(one, LoRA | SVDForm)}
+
+
+def largest_rank(layer: LoRA | SVDForm) -> int:
+    """Return the largest rank that an update can have: as its weight allows, or as many slots as it has."""
+    return layer.max_rank if isinstance(layer, SVDForm) else min(layer.lora_A.shape[1], layer.lora_B.shape[0])
 
 
 def uniform_layers(config: RunConfig, model: PreTrainedModel) -> list[str]:
