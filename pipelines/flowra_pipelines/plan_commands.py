@@ -200,6 +200,7 @@ def plan_difference(first: "RankPlan", second: "RankPlan") -> dict[str, Any]:
     one, other = first.modules, second.modules
     values = {
         "budget": (first.budget, second.budget),
+        "final_budget": (first.final_budget, second.final_budget),
         "parameters": (first.parameters, second.parameters),
         "gain": (_gain(first), _gain(second)),
         "scaling": (first.scaling, second.scaling),
@@ -214,6 +215,13 @@ def plan_difference(first: "RankPlan", second: "RankPlan") -> dict[str, Any]:
         "moved_parameters": sum(max(0, other[name].used - one[name].used) for name in shared),
         "ranks": {name: (one[name].rank, other[name].rank) for name in shared if one[name].rank != other[name].rank},
     }
+
+
+def _value(value: float | None) -> str:
+    """Show a number of a plan, or that it says none."""
+    if value is None:
+        return "none"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def _target(path: Path) -> Path:
@@ -323,9 +331,9 @@ def _print_difference(first: "RankPlan", second: "RankPlan", every: bool) -> Non
     table = Table()
     for heading in ("", "A", "B"):
         table.add_column(heading, justify="left" if not heading else "right")
-    for key in ("budget", "parameters", "gain", "scaling", "sensitivity_threshold"):
-        shown = (f"{each:,}" if isinstance(each, int) else f"{each:.4g}" for each in found[key])
-        table.add_row(key.replace("_", " "), *shown)
+    for key in ("budget", "final_budget", "parameters", "gain", "scaling", "sensitivity_threshold"):
+        if any(each is not None for each in found[key]):
+            table.add_row(key.replace("_", " "), *map(_value, found[key]))
     console.print(table, soft_wrap=False)
     for label, names in (("A", found["only_in_first"]), ("B", found["only_in_second"])):
         if names:

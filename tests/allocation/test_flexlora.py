@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -215,6 +216,33 @@ def decided(layers: Mapping[str, LayerView], **settings: Any) -> Moves:  # noqa:
     policy = FlexLoRA(schedule=ONCE, **settings)
     policy.check(snapshot_of(layers, step=0))
     return policy.decide(snapshot_of(layers))
+
+
+# Appendix C of the paper says that the direction with the smallest term −p ln p of the entropy leaves, p its share of
+# the energy. So it is while no share exceeds 1/e, where terms rise with p; beyond it the largest can have the smallest.
+
+
+def lost(values: list[float]) -> int:
+    """Return the direction that an update loses, alone with the policy."""
+    kept = FlexLoRA(schedule=ONCE, moves="prune").decide(snapshot_of({"x": view_of(values)})).keep["x"]
+    assert isinstance(kept, tuple)
+    return next(iter({*range(len(values))} - {*kept}))
+
+
+def terms(values: list[float]) -> list[float]:
+    shares = [value**2 / sum(each**2 for each in values) for value in values]
+    return [-share * math.log(share) for share in shares]
+
+
+@given(st.lists(st.floats(0.8, 1.0), min_size=4, max_size=8))
+def test_the_smallest_term_of_the_entropy_leaves_where_no_share_exceeds_one_over_e(values: list[float]) -> None:
+    assert terms(values)[lost(values)] == pytest.approx(min(terms(values)), abs=1e-6)
+
+
+def test_the_smallest_value_leaves_where_the_largest_has_the_smallest_term() -> None:
+    values = [math.sqrt(0.95), math.sqrt(0.05)]
+    assert terms(values)[0] < terms(values)[1]
+    assert lost(values) == 1
 
 
 def test_the_weakest_direction_leaves_whatever_its_sign_and_the_flattest_update_gains_a_row() -> None:

@@ -90,24 +90,3 @@ def test_the_energies_weigh_the_entropy_element_by_element_and_as_a_whole() -> N
 @pytest.mark.parametrize("values", [[], [0.0], [0.0, 0.0, 0.0], [1e-16, 1e-16]])
 def test_every_metric_has_a_value_for_updates_that_do_nothing(metric: Any, values: list[float]) -> None:  # noqa: ANN401
     assert SPECTRAL_METRICS[metric](torch.tensor(values)) == pytest.approx(0, abs=1e-12)
-
-
-# Appendix C of the paper: that the smallest singular value has the smallest term −p ln p.
-
-
-def term(p: float) -> float:
-    return -p * math.log(p)
-
-
-@given(st.lists(st.floats(1e-6, 1 / math.e), min_size=2, max_size=8))
-def test_terms_rise_with_p_up_to_one_over_e(values: list[float]) -> None:
-    ordered = sorted(values)
-    terms = [term(p) for p in ordered]
-    assert terms == sorted(terms)
-
-
-def test_above_one_over_e_they_fall_and_the_largest_value_can_have_the_smallest_term() -> None:
-    assert term(0.95) == pytest.approx(0.049, abs=5e-4)
-    assert term(0.05) == pytest.approx(0.150, abs=5e-4)
-    assert term(0.95) < term(0.05)
-    assert term(1 / math.e) > max(term(1 / math.e - 1e-3), term(1 / math.e + 1e-3))

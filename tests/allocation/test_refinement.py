@@ -262,6 +262,34 @@ def test_ranks_above_the_budget_are_refused() -> None:
         Refiner(run.model, run.layers, costs=run.costs, caps=RANKS, budget=5, policy=Breathe(schedule=SCHEDULE))
 
 
+def test_a_factor_of_two_layers_is_refused() -> None:
+    run = Run()
+    run.layers["up"].lora_A = run.layers["skip"].lora_A
+    with pytest.raises(ValueError, match=r"factors of their own, got one that '(up|skip)' and '(up|skip)' share"):
+        Refiner(
+            run.model, run.layers, costs=run.costs, caps=RANKS, budget=run.budget, policy=Breathe(schedule=SCHEDULE)
+        )
+
+
+def test_an_optimiser_that_cannot_follow_is_refused_after_the_first_step_not_at_the_first_event() -> None:
+    run = Run()
+    run.optimizer = torch.optim.RMSprop([each for each in run.model.parameters() if each.requires_grad])
+    with pytest.raises(ValueError, match=r"moments as those of .*, got \['square_avg'\] in RMSprop\. Use AdamW"):
+        run.step()
+
+
+def test_an_optimiser_that_cannot_follow_one_layer_leaves_all_as_they_were() -> None:
+    run = Run()
+    for _ in range(4):
+        run.step()
+    before = {name: (layer.rank, layer.lora_A) for name, layer in run.layers.items()}
+    run.optimizer.state[run.layers["down"].lora_A]["note"] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"got \['note'\] in AdamW"):
+        run.step()
+    assert all(layer.rank == before[name][0] for name, layer in run.layers.items())
+    assert all(layer.lora_A is before[name][1] for name, layer in run.layers.items())
+
+
 def test_a_layer_that_the_loss_does_not_reach_is_the_first_to_give_its_rank_away() -> None:
     model = nn.ModuleDict({"used": nn.Linear(8, 6), "unused": nn.Linear(8, 6)})
     layers = hang(model, {"used": 2, "unused": 1})

@@ -495,6 +495,13 @@ def test_an_optimiser_goes_on_from_its_tensors(name: str) -> None:
         ("group/7/lr", torch.tensor(0.1), "tensors must be of parameters"),
         ("state/exp_avg/up.stand_in.lora_A", torch.zeros(1, 8), r"fit their parameters, got \(1, 8\) for \(2, 8\)"),
         ("state/exp_avg/up.stand_in.lora_A", torch.full((2, 8), math.nan), "tensors must be finite"),
+        ("group/0/lr", torch.tensor(math.inf), "tensors must be finite"),
+        ("group/0/params", torch.tensor(3.0), "numbers that the optimizer's groups have, got 'group/0/params'"),
+        ("group/0/new", torch.tensor(3.0), "numbers that the optimizer's groups have"),
+        ("group/0/amsgrad", torch.tensor(1), "numbers that the optimizer's groups have"),
+        ("group/0/lr", torch.tensor([0.1, 0.2]), "numbers that the optimizer's groups have"),
+        ("group/0/betas", torch.tensor(0.1), "numbers that the optimizer's groups have"),
+        ("group/0/betas", torch.tensor([0.1, 0.2, 0.3]), "numbers that the optimizer's groups have"),
     ],
 )
 def test_an_optimiser_refuses_tensors_without_a_place(name: str, value: Tensor, message: str) -> None:

@@ -47,11 +47,14 @@ class Case:
     spare: int = 0
     averaged: bool = False
     """Whether a running average of the model goes along."""
+    one_cycle: bool = False
+    """Whether the schedule moves rate and momentum, up and down."""
 
 
 CASES: Mapping[str, Case] = {
     "breathe of pairs": Case("lora", lambda: Breathe(schedule=SCHEDULE, share=0.2)),
     "breathe of pairs with an average": Case("lora", lambda: Breathe(schedule=SCHEDULE, share=0.2), averaged=True),
+    "breathe of pairs in one cycle": Case("lora", lambda: Breathe(schedule=SCHEDULE, share=0.2), one_cycle=True),
     "breathe of triplets": Case("svd", lambda: Breathe(schedule=SCHEDULE, share=0.4)),
     "breathe of slots": Case("svd_masked", lambda: Breathe(schedule=SCHEDULE, share=0.4)),
     "shrink of pairs by flow": Case("lora", lambda: Shrink(schedule=SCHEDULE, measure="flow", kappa=2.0)),
@@ -77,7 +80,7 @@ class ResumableRun:
 
     def __init__(self, name: str, process: int = 0) -> None:
         case = CASES[name]
-        self.process = process
+        self.process, self.one_cycle = process, case.one_cycle
         self.model = mlp()
         self.layers: Mapping[str, Any] = attach(
             self.model, RANKS, method=case.method, dropout=0.2, modules_to_save=["head"]
@@ -106,9 +109,11 @@ class ResumableRun:
         head = list(self.model.head.parameters())
         rest = [each for each in self.model.parameters() if each.requires_grad and all(each is not it for it in head)]
         self.optimizer = torch.optim.AdamW([{"params": rest, "lr": 0.02}, {"params": head}], lr=0.01)
-        self.scheduler = torch.optim.lr_scheduler.StepLR(
-            self.optimizer, 3, gamma=0.7
-        )  # each step follows from the last
+        self.scheduler: torch.optim.lr_scheduler.LRScheduler = (
+            torch.optim.lr_scheduler.OneCycleLR(self.optimizer, [0.02, 0.01], total_steps=STEPS)
+            if self.one_cycle
+            else torch.optim.lr_scheduler.StepLR(self.optimizer, 3, gamma=0.7)  # each step follows from the last
+        )
 
     def step(self) -> None:
         """Train on two batches."""

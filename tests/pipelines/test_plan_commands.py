@@ -130,6 +130,14 @@ def test_diff_names_what_changes_rank_and_how_many_parameters_move(folder: Path,
     assert {row[0] for row in lines(everything)} >= COSTS.keys()
 
 
+def test_diff_tells_what_refinement_ends_within(folder: Path, tmp_path: Path, here: Run) -> None:
+    plan = read_plan(folder / "allocate")
+    write_plan(replace(plan, final_budget=50), tmp_path / "other")
+    assert ["final budget", "none", "50"] in lines(here("diff", folder, tmp_path / "other")[1])
+    difference = json.loads(here("diff", folder, tmp_path / "other", "--json")[1])
+    assert difference["final_budget"] == [None, 50]
+
+
 def test_diff_of_equal_plans_says_so(folder: Path, here: Run) -> None:
     code, shown, _ = here("diff", folder, folder)
     assert code == 0

@@ -8,7 +8,7 @@ name                               tensor
 =================================  ====================================================
 ``state/<key>/<parameter name>``   what is remembered, such as ``exp_avg``, as it is
 ``count/<key>/<parameter name>``   what is remembered as a number, 0-d
-``group/<index>/<key>``            a number of a parameter group, such as ``lr``, 0-d
+``group/<index>/<key>``            a number of a parameter group, such as ``lr``, 0-d; several, such as ``betas``, 1-d
 =================================  ====================================================
 
 What LoRA-FA's optimiser of PEFT remembers by the name of a layer has the name of its B. Of sharded parameters
@@ -16,7 +16,7 @@ What LoRA-FA's optimiser of PEFT remembers by the name of a layer has the name o
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ __all__ = ["optimizer_tensors", "restore_optimizer"]
 
 OF_EVERY_ENTRY = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "exp_avg_B", "exp_avg_sq_B"}
 """What has the shape of its parameter."""
+SCHEDULED = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
+"""What schedules of torch write into a parameter group, which need not be there before they are made."""
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -60,6 +62,8 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
         for key, value in group.items():
             if type(value) in {int, float}:
                 tensors[f"group/{index}/{key}"] = _number(value, key)
+            elif _are_numbers(value):
+                tensors[f"group/{index}/{key}"] = torch.tensor(value, dtype=torch.float64)
             elif isinstance(value, Tensor) and value.ndim == 0:
                 tensors[f"group/{index}/{key}"] = value.detach().to("cpu", copy=True)
     return tensors
@@ -81,18 +85,20 @@ def restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: Mapping[s
     groups = {id(each): group for group in optimizer.param_groups for each in group["params"]}
     keys = state_keys(optimizer)
     states: dict[Any, dict[str, object]] = {}
-    numbers: list[tuple[int, str, float]] = []
+    numbers: list[tuple[dict[str, Any], str, Tensor]] = []
     for full_name, value in tensors.items():
         kind, _, rest = full_name.partition("/")
         key, _, name = rest.partition("/")
-        if kind == "group" and key.isdecimal() and int(key) < len(optimizer.param_groups) and value.ndim == 0:
-            numbers.append((int(key), name, value.item()))
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"tensors must be finite, got NaN or infinity in {full_name!r}")
+        if kind == "group" and key.isdecimal() and int(key) < len(optimizer.param_groups):
+            group = optimizer.param_groups[int(key)]
+            _check_has_place(group, name, value, full_name)
+            numbers.append((group, name, value))
             continue
         parameter = parameters.get(name)
         if kind not in {"state", "count"} or parameter is None or id(parameter) not in groups:
             raise ValueError(f"tensors must be of parameters that the optimizer holds, got {full_name!r}")
-        if value.is_floating_point() and not value.isfinite().all():
-            raise ValueError(f"tensors must be finite, got NaN or infinity in {full_name!r}")
         if kind == "count":
             states.setdefault(keys[parameter], {})[key] = value.item()
             continue
@@ -108,12 +114,12 @@ def restore_optimizer(model: nn.Module, optimizer: Optimizer, tensors: Mapping[s
         states.setdefault(keys[parameter], {})[key] = placed
     optimizer.state.clear()
     optimizer.state.update(states)
-    for index, key, number in numbers:
-        held = optimizer.param_groups[index].get(key)
+    for group, key, value in numbers:
+        held = group.get(key)
         if isinstance(held, Tensor):
-            held.fill_(number)
+            held.fill_(value.item())
         else:
-            optimizer.param_groups[index][key] = number
+            group[key] = value.item() if value.ndim == 0 else tuple(value.tolist())
 
 
 def _name(model: nn.Module, parameter: Tensor | str) -> str:
@@ -122,6 +128,19 @@ def _name(model: nn.Module, parameter: Tensor | str) -> str:
             return name
     got = parameter if isinstance(parameter, str) else f"of shape {tuple(parameter.shape)}"
     raise ValueError(f"optimizer must hold parameters of the model, got another {got}")
+
+
+def _check_has_place(group: Mapping[str, Any], key: str, value: Tensor, full_name: str) -> None:
+    """Refuse what would put a number in the place of something else."""
+    held = group.get(key, 0.0 if key in SCHEDULED else None)
+    one = type(held) in {int, float} or (isinstance(held, Tensor) and held.ndim == 0)
+    if not (value.shape == () if one else _are_numbers(held) and value.shape == (len(held),)):
+        raise ValueError(f"tensors must be numbers that the optimizer's groups have, got {full_name!r}")
+
+
+def _are_numbers(value: object) -> TypeGuard[tuple[float, ...]]:
+    """Tell whether it is several numbers, as ``betas`` are."""
+    return isinstance(value, tuple) and bool(value) and all(type(each) in {int, float} for each in value)
 
 
 def _number(value: object, key: str) -> Tensor:

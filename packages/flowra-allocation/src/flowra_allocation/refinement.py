@@ -19,7 +19,7 @@ from flowra_allocation.bottleneck_gram import BottleneckGram
 from flowra_allocation.forms import AnyLayer, changed_together, directions_of, factors, has_slots, live_factors
 from flowra_allocation.growth import leading_directions
 from flowra_allocation.observe import BottleneckObserver, check_growable
-from flowra_allocation.optimizer_state import held_by
+from flowra_allocation.optimizer_state import check_optimizer, held_by
 from flowra_allocation.policy import (
     LayerView,
     Moves,
@@ -63,8 +63,8 @@ class Refiner:
 
     Raises:
         ValueError: if names differ, the present ranks exceed the policy's peak, the policy cannot move the layers,
-            floors are above the present ranks or the budget or not for the policy, or ranks would change by new
-            Parameters in a model that is wrapped (see :meth:`check_wrapping`).
+            floors are above the present ranks or the budget or not for the policy, layers share a factor, or ranks
+            would change by new Parameters in a model that is wrapped (see :meth:`check_wrapping`).
     """
 
     def __init__(
@@ -86,6 +86,7 @@ class Refiner:
             raise ValueError(
                 f"costs, caps and averages must name the layers, got {sorted(layers)}, {sorted(costs)}, {sorted(caps)}"
             )
+        _check_own_factors(layers)
         self._model, self._layers, self._costs, self._caps = model, layers, costs, caps
         self._policy, self._budget, self._averages = policy, budget, averages
         self._floors = {name: (floors or {}).get(name, 0) for name in layers}
@@ -95,7 +96,8 @@ class Refiner:
         self._held = 0  # events held
         self._step: int | None = None  # finished optimiser steps, once known
         self._gathered: Gathered | None = None  # before the restart, for the event to come
-        self._unseen = False  # whether the optimiser after the restart is still to be looked at
+        self._restored = False  # whether the optimiser after a restart is still to be looked at
+        self._unseen = True  # whether what the optimiser holds is still to be looked at
         allowed = int(budget * policy.peak)
         if self._parameters() > allowed:
             raise ValueError(f"ranks must fit the budget of {allowed} parameters, got {self._parameters()}")
@@ -214,13 +216,16 @@ class Refiner:
             The event, or None.
 
         Raises:
-            ValueError: if an event is due but nothing was watched before it, or the optimiser was built before the
-                ranks were restored.
+            ValueError: if an event is due but nothing was watched before it, the optimiser was built before the ranks
+                were restored, or, after the first step already, what it holds cannot follow a change of rank.
             RefinementError: if one was due and was not held, or the policy cannot go on.
         """
         self._step = step
-        if self._unseen and optimizer is not None:
+        if self._restored and optimizer is not None:
             self.check_holds(optimizer)
+            self._restored = False
+        if self._unseen and optimizer is not None and optimizer.state:  # none while a scaler skips the first steps
+            self._check_carries(optimizer)
             self._unseen = False
         if self.frozen or step < self._policy.steps[self._held]:
             return None
@@ -238,6 +243,8 @@ class Refiner:
         snapshot = self._snapshot(step)
         moves = decided_once(lambda: self._policy.decide(snapshot), device=self._device, group=self._group)
         self._stop_watching()
+        if optimizer is not None:
+            self._check_carries(optimizer)
         with changed_together(self._with_averages()):
             event = self._apply(moves, step, optimizer)
         self._policy.moved(moves)
@@ -289,7 +296,7 @@ class Refiner:
                     take_rank(layer, rank, found.slots.get(name))
         self._step, self.history, self._held = found.step, found.history, len(found.history.events)
         self._gathered = found.watched[process] if found.watched else None
-        self._unseen = True
+        self._restored = True
         return found.step
 
     def finish(self) -> RankHistory:
@@ -327,6 +334,11 @@ class Refiner:
             policy=self._policy.state(),
             watched=watched,
         )
+
+    def _check_carries(self, optimizer: Optimizer) -> None:
+        """Refuse an optimiser that cannot follow new Parameters, before any layer is changed."""
+        resized = [layer for layer in self._layers.values() if not has_slots(layer)]
+        check_optimizer(optimizer, [each for layer in resized for each in factors(layer).values()])
 
     def _check_floors(self, floors: Mapping[str, int]) -> None:
         if not any(floors.values()):
@@ -425,3 +437,13 @@ class Refiner:
 
     def _parameters(self) -> int:
         return sum(self._costs[name] * rank for name, rank in self._ranks().items())
+
+
+def _check_own_factors(layers: Mapping[str, AnyLayer]) -> None:
+    """Refuse a factor that two layers have: it cannot have two ranks."""
+    owners: dict[int, str] = {}
+    for name, layer in layers.items():
+        for each in factors(layer).values():
+            first = owners.setdefault(id(each), name)
+            if first != name:
+                raise ValueError(f"layers must hold factors of their own, got one that {first!r} and {name!r} share")
