@@ -56,6 +56,11 @@ class Outcome:
         return max(run["parameters"] for run in self.runs.values())
 
     @property
+    def fewest(self) -> int:
+        """Smallest final count over seeds."""
+        return min(run["parameters"] for run in self.runs.values())
+
+    @property
     def peak(self) -> int:
         """Largest count at any time, over seeds."""
         return max(run["peak"] for run in self.runs.values())
@@ -103,15 +108,16 @@ def show(table: Table) -> list[Row]:
     rows = []
     print(f"\n{table.title}: budget {table.limit:,}, best placement of LoRA: {table.reference}")
     print(
-        f"{'method':<36}{'lr':>8}{'params':>9}{'peak':>9}{'loss':>8} ±{'':<6}{'score':>8}  difference of loss;"
+        f"{'method':<36}{'lr':>8}{'params, over seeds':>20}{'peak':>9}{'loss':>8} ±{'':<6}{'score':>8}  difference of loss;"
         " * rate at the edge of what was tried"
     )
     for name, each in table.methods.items():
         loss, score, difference = each.values("losses"), each.values("scores"), table.difference(name)
         low, high = bootstrap(difference)
+        between_seeds = f"{each.fewest:,}" + (f"–{each.parameters:,}" if each.fewest < each.parameters else "")
         deviation = float(loss.mean(1).std(ddof=1)) if len(each.runs) > 1 else math.nan
         print(
-            f"{name:<36}{each.rate:>7g}{'*' if each.at_the_edge else ' '}{each.parameters:>9,}{each.peak:>9,}"
+            f"{name:<36}{each.rate:>7g}{'*' if each.at_the_edge else ' '}{between_seeds:>20}{each.peak:>9,}"
             f"{loss.mean():>8.4f} ±{deviation:<6.4f}{score.mean():>8.4f}  {difference.mean():+.4f} [{low:+.4f},"
             f" {high:+.4f}], {len(each.runs)} seeds, {each.minutes:.1f} min"
         )
@@ -121,6 +127,8 @@ def show(table: Table) -> list[Row]:
             rows.append(Row(what=f"{table.title}: {name}: accuracy", ours=_round(score.mean())))
         what = f"{table.title}: {name}: parameters at the end (peer: at the peak)"
         rows.append(Row(what=what, ours=each.parameters, peer=each.peak, limit=table.limit, sense="<="))
+        what = f"{table.title}: {name}: fewest parameters at the end, over seeds (peer: parts of the budget)"
+        rows.append(Row(what=what, ours=each.fewest, peer=_round(each.fewest / table.limit)))
         what = f"{table.title}: {name}: learning rate{', the edge of those tried' if each.at_the_edge else ''}"
         rows.append(Row(what=what, ours=each.rate))
     return rows

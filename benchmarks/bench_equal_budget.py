@@ -605,9 +605,8 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     keys = arguments.tasks.split(",")
     if not arguments.finished:
-        print(
-            f"about {hours(keys, arguments.folder, seeds=arguments.seeds):.1f} hours to go in one process", flush=True
-        )
+        to_go = hours(keys, arguments.folder, seeds=arguments.seeds)
+        print(f"about {to_go:.1f} hours to go in one process, more where the best rate is at the edge", flush=True)
         for key in keys:
             tables(key, arguments.folder, seeds=arguments.seeds, work="unclaimed")
     rows = []
