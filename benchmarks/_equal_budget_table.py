@@ -108,8 +108,8 @@ def show(table: Table) -> list[Row]:
     rows = []
     print(f"\n{table.title}: budget {table.limit:,}, best placement of LoRA: {table.reference}")
     print(
-        f"{'method':<36}{'lr':>8}{'params, over seeds':>20}{'peak':>9}{'loss':>8} ±{'':<6}{'score':>8}  difference of loss;"
-        " * rate at the edge of what was tried"
+        f"{'method':<36}{'lr':>8}{'params, over seeds':>20}{'peak':>9}{'loss':>8} ±{'':<6}{'score':>8}  difference of"
+        " loss; * rate at the edge of what was tried"
     )
     for name, each in table.methods.items():
         loss, score, difference = each.values("losses"), each.values("scores"), table.difference(name)
