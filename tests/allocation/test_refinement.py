@@ -429,8 +429,9 @@ def test_two_trainer_runs_are_equal_bit_by_bit(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
+@pytest.mark.parametrize(("rows", "parts"), [(2, 3 + 3), (5, 3 + 2)], ids=["whole", "the last of an epoch incomplete"])
 def test_gradient_accumulation_fires_on_optimiser_steps_and_sees_every_micro_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rows: int, parts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     observed = []
     leave = BottleneckObserver.__exit__
@@ -440,11 +441,11 @@ def test_gradient_accumulation_fires_on_optimiser_steps_and_sees_every_micro_bat
         observed.append(max(len(grams) for grams in self.grams.values()))
 
     monkeypatch.setattr(BottleneckObserver, "__exit__", count)
-    run = prepare(tmp_path, gradient_accumulation_steps=3, per_device_train_batch_size=2)
+    run = prepare(tmp_path, gradient_accumulation_steps=3, per_device_train_batch_size=rows)
     run.trainer.train()
     assert tuple(event.step for event in run.refiner.history.events) == (4, 6, 8, 10)
     assert all(event.parameters <= run.refiner.history.budget for event in run.refiner.history.events)
-    assert observed == [6, 6, 6, 6]  # two steps of three micro-batches each
+    assert observed == [parts] * 4  # two steps each
 
 
 def test_a_schedule_that_cannot_fire_is_an_error_before_training_starts(tmp_path: Path) -> None:
