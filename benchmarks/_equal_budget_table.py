@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from _holm import holm
 from _results import Row
 from scipy import stats
 
@@ -163,15 +164,6 @@ def over_all(tables: Sequence[Table]) -> list[Row]:
         what = f"{name}: mean difference of loss in standard deviations over seeds (peer: p after Holm)"
         rows.append(Row(what=what, ours=_round(statistics.mean(values)), peer=_round(p_values[name])))
     return rows
-
-
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Correct p-values for their number (Holm 1979)."""
-    corrected, worst = {}, 0.0
-    for rank, name in enumerate(sorted(p_values, key=lambda each: p_values[each])):
-        worst = max(worst, min(1.0, p_values[name] * (len(p_values) - rank)))
-        corrected[name] = worst
-    return corrected
 
 
 def bootstrap(differences: np.ndarray) -> tuple[float, float]:

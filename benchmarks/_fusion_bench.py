@@ -6,7 +6,7 @@ Everything is kept in a folder; a run that was broken off goes on where it stopp
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -17,6 +17,7 @@ import peft
 import torch
 from _precision import fast_dtype
 from _segments import Examples, Nats, batch, mean_nats, nats
+from _shared_work import Elsewhere, claimed
 from _smollm2 import smollm2
 from torch import nn
 from torch.optim import AdamW
@@ -30,7 +31,7 @@ from flowra_compose.fusion import GateOptions, Gates, Routing, StaticWeights, fu
 from flowra_pipelines.tasks import TASKS
 from flowra_pipelines.training import data_order
 
-__all__ = ["RANK", "Fused", "Group", "Workshop", "lora"]
+__all__ = ["RANK", "Fused", "Group", "Missing", "Workshop", "lora"]
 
 logging.disable_progress_bar()
 
@@ -50,6 +51,10 @@ class Group:
     decay: float = 0.0
 
 
+class Missing(Exception):
+    """A figure is not there."""
+
+
 class Workshop:
     """The base, adapters that are trained once, and figures that are made once, in one folder.
 
@@ -59,12 +64,13 @@ class Workshop:
     Args:
         folder: of all that is kept.
         quick: whether the whole path is only tried: in ``folder/quick``, one epoch, one learning rate.
+        finished: whether nothing is measured that is not there.
     """
 
-    def __init__(self, folder: Path, *, quick: bool) -> None:
+    def __init__(self, folder: Path, *, quick: bool, finished: bool = False) -> None:
         folder = folder / "quick" if quick else folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.quick = folder, quick
+        self.folder, self.quick, self.finished = folder, quick, finished
         self.source = smollm2(folder)
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.source)
         known = folder / "precision"
@@ -176,21 +182,35 @@ class Workshop:
         return self._file(name).exists()
 
     def kept(self, name: str, make: Callable[[], Any]) -> Any:  # noqa: ANN401
-        """Return what was measured under a name, measured now if it was not."""
+        """Return what was measured under a name, measured now if it was not.
+
+        Raises:
+            Elsewhere: if another process is measuring it.
+            Missing: if it is not there and nothing is to be measured.
+        """
         file = self._file(name)
         if not file.exists():
-            began = time.perf_counter()
-            made = make()
-            seconds = round(time.perf_counter() - began, 1)
-            file.parent.mkdir(exist_ok=True)
-            file.with_suffix(".partial").write_text(json.dumps({"seconds": seconds, "figure": made}))
-            file.with_suffix(".partial").rename(file)
-            print(f"{name}: {seconds:.0f} s", flush=True)
+            if self.finished:
+                raise Missing(name)
+            with claimed(file) as mine:
+                if mine:
+                    self._measure(name, make, file)
+            if not file.exists():
+                raise Elsewhere(name)
         return json.loads(file.read_text())["figure"]
 
-    def hours(self) -> float:
-        """Add up what all that is there has taken."""
-        files = (self.folder / "figures").glob("*.json")
+    def _measure(self, name: str, make: Callable[[], Any], file: Path) -> None:
+        began = time.perf_counter()
+        made = make()
+        seconds = round(time.perf_counter() - began, 1)
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps({"seconds": seconds, "figure": made}))
+        partial.rename(file)
+        print(f"{name}: {seconds:.0f} s", flush=True)
+
+    def hours(self, names: Iterable[str]) -> float:
+        """Add up what the figures of these names have taken; ``*`` stands for anything."""
+        files = {file for name in names for file in (self.folder / "figures").glob(f"{name}.json")}
         return sum(json.loads(file.read_text())["seconds"] for file in files) / 3600
 
     def _file(self, name: str) -> Path:
@@ -219,8 +239,16 @@ class Fused:
         with fuse(self.shop.model, self.adapters, routing):
             return self.shop.nats(self.shop.model, self.test)
 
-    def searched(self, trials: int) -> list[float]:
-        """Find the best fixed weights, on all that gates learn from and are chosen on, since nothing is trained."""
+    def searched(self, trials: int, *, begin: Sequence[float] | None = None) -> list[float]:
+        """Find the best fixed weights, on all that gates learn from and are chosen on, since nothing is trained.
+
+        Args:
+            trials: of weights.
+            begin: other weights to try at first.
+
+        Returns:
+            One for each adapter.
+        """
 
         def loss(weights: tuple[float, ...]) -> float:
             with fuse(self.shop.model, self.adapters, StaticWeights(weights)):
@@ -228,7 +256,8 @@ class Fused:
             print(f"  static: {weights} {found:.4f}", flush=True)
             return found
 
-        return list(search_static_weights(loss, len(self.adapters), evaluations=trials).weights)
+        starts = [] if begin is None else [begin]
+        return list(search_static_weights(loss, len(self.adapters), evaluations=trials, starts=starts).weights)
 
     def merged_by_flow(self, own: Mapping[str, Examples]) -> Nats:
         """Judge the merge by `flow`, with statistics of each adapter's own examples."""

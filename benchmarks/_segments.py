@@ -87,11 +87,12 @@ def mean_of_runs(runs: list[Nats], skill: int | None = None) -> float:
 def bootstrap(one: list[Nats], other: list[Nats], draws: int = 10_000) -> tuple[float, float, float]:
     """Return the 95 % interval of the difference in nats per token, and a one-sided p of `one` not being better.
 
-    Paired by sequence: nats summed over a sequence, averaged over runs, and sequences drawn again.
+    Paired by sequence: nats summed over a sequence, averaged over runs, and sequences drawn again. p is at least
+    1/(draws + 1), since what is there is one of the draws.
     """
     sums = [np.mean([[row[0] + row[2] for row in run] for run in runs], axis=0) for runs in (one, other)]
     tokens = np.array([row[1] + row[3] for row in one[0]])
     drawn = np.random.default_rng(0).integers(len(tokens), size=(draws, len(tokens)))
     differences = (sums[0] - sums[1])[drawn].sum(1) / tokens[drawn].sum(1)
     low, high = np.quantile(differences, [0.025, 0.975])
-    return float(low), float(high), round(float((differences >= 0).mean()), 5)
+    return float(low), float(high), (int((differences >= 0).sum()) + 1) / (draws + 1)

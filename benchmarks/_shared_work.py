@@ -1,11 +1,34 @@
 """Processes that are given the same folder share its work: each piece is done by whoever claims it first."""
 
 import fcntl
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["claimed"]
+__all__ = ["Elsewhere", "claimed", "share"]
+
+PAUSE = 15
+"""Seconds before looking again, where all that is left is done by others."""
+
+
+class Elsewhere(Exception):
+    """Another process is doing this piece."""
+
+
+def share(pieces: Iterable[Callable[[], object]]) -> None:
+    """Do all pieces, those that another process is at last, in case it breaks off; each may raise Elsewhere."""
+    left = list(pieces)
+    while left:
+        others = []
+        for piece in left:
+            try:
+                piece()
+            except Elsewhere:
+                others.append(piece)
+        if len(others) == len(left):
+            time.sleep(PAUSE)
+        left = others
 
 
 @contextmanager

@@ -50,8 +50,7 @@ from flowra_allocation import FlowSpectrum, flow_spectrum
 from flowra_analysis import FlowProfile, ModuleProfile, layer_type
 from flowra_pipelines.estimators import KINDS, LOOK_AT_EXAMPLES, Gains, Kind, estimate, profiled, psi
 from flowra_pipelines.run_config import RunConfig, load_config
-from flowra_pipelines.stages.calibrate import probe_rank
-from flowra_pipelines.stages.setting import Layers, Setting, base_model, load_setting, lora_layers, survey
+from flowra_pipelines.stages.setting import Layers, Setting, base_model, load_setting, lora_layers, probe_rank, survey
 from flowra_pipelines.tasks import Batch
 from flowra_pipelines.training import data_order
 from flowra_pipelines.validation import spearman, validation, write_validation
@@ -74,6 +73,8 @@ Schedule = Literal["end", "middle"]
 """Where a probe stops: with its learning rate at 0, or in the middle of a run, as `flowra calibrate` does."""
 OUTPUTS = "outputs_without_one"
 """The same rank, and the change of the outputs in the loss change's place."""
+FURTHER = 2
+"""Learning rates beyond the grid, at most."""
 CHEAP: tuple[Kind, ...] = ("probe", "fisher", "gradient", "magnitude")
 
 
@@ -91,9 +92,9 @@ class Size:
     tuning: int
     """Other held-out examples, on which the learning rate is chosen."""
     rates: tuple[float, ...]
-    """Learning rates to choose from."""
+    """Learning rates to choose from, a factor of two apart; while the best is at the edge, the next is tried, too."""
     at_every_rate: bool = True
-    """Whether leave-one-rank-out is measured at the other rates, too."""
+    """Whether leave-one-rank-out is measured at the other rates, and in the middle of a schedule, too."""
     removed: tuple[Removed, ...] = ("last", "module")
     """What is taken away beside the first unit of rank."""
     retrained: int
@@ -115,15 +116,15 @@ SIZES = {
         timed=4,
     ),
     "smollm2": Size(
-        steps=100,
+        steps=300,
         sizes=(32, 64, 128),
         examples=128,
-        held_out=64,
+        held_out=48,
         tuning=64,
-        rates=(5e-4, 1e-3, 2e-3),
+        rates=(2e-3, 4e-3, 8e-3),
         at_every_rate=False,  # 211 passes each, as everything that is taken away
-        removed=(),
-        retrained=4,
+        removed=("module",),
+        retrained=0,  # five minutes for each of 210 modules, and a few of them say nothing
         timed=2,
         steady=("probe", "fisher", "gradient"),  # factorising 210 layers takes minutes
     ),
@@ -133,7 +134,7 @@ SIZES = {
         examples=32,
         held_out=16,
         tuning=16,
-        rates=(1e-3, 4e-3),
+        rates=(2e-3, 4e-3),
         removed=(),
         retrained=1,
         timed=1,
@@ -207,7 +208,7 @@ def trained_probe(config: RunConfig, size: Size, *, nf4: bool = False) -> Probe:
     layers = survey(config, model, setting.task)
     if nf4:
         quantise(model, layers.shapes)
-    rank = probe_rank(config, layers)
+    rank = probe_rank(config, layers.costs, layers.budget)
     ranks = {name: min(rank, *layers.shapes[name]) for name in layers.costs}
     train_probe(config, setting, model, ranks, kept=ranks.keys(), description=f"{config.name}: probe")
     return Probe(config=config, setting=setting, layers=layers, model=model, batches=pool(config, setting, size))
@@ -223,17 +224,29 @@ class Tried:
     """With the probe's head, and no update."""
 
 
-def tried(task: str, folder: Path, size: Size, schedule: Schedule) -> dict[float, Tried]:
-    """Train the probe at every learning rate and look at its loss on the tuning examples."""
-    found = {}
-    for rate in size.rates:
-        probe = trained_probe(configuration(task, folder, size, rate=rate, schedule=schedule), size)
-        batches = tuning_batches(probe, size)
-        loss = held_out_losses(probe.model, probe.setting, batches)
-        with disabled(probe.model):
-            without = held_out_losses(probe.model, probe.setting, batches)
-        found[rate] = Tried(probe=probe, loss=float(loss.mean()), without_updates=float(without.mean()))
-    return found
+def tried(task: str, folder: Path, size: Size, schedule: Schedule, rate: float) -> Tried:
+    """Train the probe at a learning rate and look at its loss on the tuning examples."""
+    probe = trained_probe(configuration(task, folder, size, rate=rate, schedule=schedule), size)
+    batches = tuning_batches(probe, size)
+    loss = held_out_losses(probe.model, probe.setting, batches)
+    with disabled(probe.model):
+        without = held_out_losses(probe.model, probe.setting, batches)
+    return Tried(probe=probe, loss=float(loss.mean()), without_updates=float(without.mean()))
+
+
+def tuned(task: str, folder: Path, size: Size) -> tuple[float, dict[float, Tried]]:
+    """Find the best learning rate of a schedule that ends; while it is at the edge of those tried, go on.
+
+    Returns:
+        The rate, and what was tried by rate.
+    """
+    found = {rate: tried(task, folder, size, "end", rate) for rate in size.rates}
+    while True:
+        best = min(found, key=lambda each: found[each].loss)
+        if len(found) == len(size.rates) + FURTHER or min(found) < best < max(found):
+            return best, found
+        further = best / 2 if best == min(found) else best * 2
+        found[further] = tried(task, folder, size, "end", further)
 
 
 def tuning_batches(probe: Probe, size: Size) -> list[Batch]:
@@ -449,9 +462,9 @@ def as_json(size: Size) -> dict[str, Any]:
 
 def measured(task: str, folder: Path, size: Size) -> dict[str, Any]:
     """Do everything on one task."""
-    probes = tried(task, folder, size, "end")
-    middle = tried(task, folder, size, "middle")
-    rate = min(probes, key=lambda each: probes[each].loss)
+    rate, probes = tuned(task, folder, size)
+    in_the_middle = probes if size.at_every_rate else (rate,)
+    middle = {each: tried(task, folder, size, "middle", each) for each in in_the_middle}
     probe = probes[rate].probe
     config, costs = probe.config, probe.layers.costs
     batches = asked_on(probe, size)
@@ -482,6 +495,7 @@ def measured(task: str, folder: Path, size: Size) -> dict[str, Any]:
             "examples": size.examples,
             "held_out": size.held_out,
             "learning_rate": rate,
+            "tuning": sum(len(each["input_ids"]) for each in tuning_batches(probe, size)),
         },
     )
     write_validation(content, folder / config.name)
@@ -515,9 +529,12 @@ def measured(task: str, folder: Path, size: Size) -> dict[str, Any]:
     ours = psi(found[DEFAULT], costs)[0]
     content["psi"] = {name: spearman(ours, psi(each[DEFAULT], costs)[0]) for name, each in psis.items()}
     content["densities"] = {name: gain / costs[name] for name, gain in found[DEFAULT].gain.items()}
+    content["measured_densities"] = {name: change.loss_change / costs[name] for name, change in first.items()}
     content["size"] = as_json(size)
     done = folder / f"{task.replace('/', '-')}.json"
-    done.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial = done.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.rename(done)
     return content
 
 
@@ -602,6 +619,11 @@ def rows(model: str, contents: Mapping[str, Mapping[str, Any]]) -> list[Row]:
         per_kind[kind] = mean(correlation(each, kind) for each in contents.values()) or 0.0
         density = mean(correlation(each, kind, by="spearman_per_parameter") for each in contents.values())
         found.append(_row(f"{model}: Spearman of {kind} with {ABLATION}, per parameter", density))
+        error = mean(each["estimators"][kind]["psi_stderr_median"] for each in contents.values())
+        found.append(_row(f"{model}: standard error of ψ by {kind}, median over modules", error))
+        for other in KINDS[KINDS.index(kind) + 1 :]:
+            agreement = mean(each["agreement"][kind].get(other) for each in contents.values())
+            found.append(_row(f"{model}: agreement of {kind} and {other}, Spearman", agreement))
         for key in next(iter(contents.values()))["estimators"][kind]["stability"]:
             steady = mean(each["estimators"][kind]["stability"].get(key) for each in contents.values())
             found.append(_row(f"{model}: stability of {kind}, {key}", steady))
@@ -619,13 +641,17 @@ def rows(model: str, contents: Mapping[str, Mapping[str, Any]]) -> list[Row]:
         lowest = min((each["psi"][name] for each in contents.values() if each["psi"][name] is not None), default=None)
         bar = 0.95 if name == "nf4" else None
         found.append(_row(f"{model}: ψ against {name}, Spearman, least over tasks", lowest, at_least=bar))
-    for ablation in (ABLATION, OUTPUTS):
+    for ablation in next(iter(contents.values()))["ablations"]:
         reliability = mean(each["reliability"][ablation] for each in contents.values())
         found.append(_row(f"{model}: reliability of {ablation} itself", reliability))
     for kind in CHEAP:
         early = mean(each["asked_in_the_middle"][kind] for each in contents.values())
         found.append(_row(f"{model}: Spearman of {kind}, asked in the middle, with {ABLATION} at the end", early))
     for task, each in contents.items():
+        known = each["estimators"][DEFAULT]["spearman"][ABLATION]
+        if known is not None:
+            what = f"{task}: Spearman of {DEFAULT} with {ABLATION}, 95 % [{known['low']:.2f}, {known['high']:.2f}]"
+            found.append(_row(what, known["value"]))
         rate = each["provenance"]["learning_rate"]
         found.append(_row(f"{task}: the learning rate chosen", rate))
         helped = [change["loss_change"] > 0 for change in each["ablations"][ABLATION].values()]
@@ -646,11 +672,16 @@ def rows(model: str, contents: Mapping[str, Mapping[str, Any]]) -> list[Row]:
         found.append(
             _row(f"{model}: mean place of {name} by ψ (1 highest)", mean(each[name] for each in places.values()))
         )
-    hold = [set(list(each)[:2]) == {"O", "down"} for each in places.values()]
-    found.append(
-        _row(f"{model}: share of tasks in which O and FFN-down are the two highest roles", statistics.mean(hold))
-    )
+    for said, key in (("ψ", "densities"), ("what the first unit of rank is worth", "measured_densities")):
+        hold = [highest_roles(each[key]) == {"O", "down"} for each in contents.values()]
+        what = f"{model}: share of tasks in which O and FFN-down are the two highest roles, by {said}"
+        found.append(_row(what, statistics.mean(hold)))
     return found
+
+
+def highest_roles(values: Mapping[str, float]) -> set[str]:
+    """Return the two roles with the highest mean places; of what is neither attention nor MLP nothing is claimed."""
+    return set([name for name, _ in _ranked(values) if name != "other"][:2])
 
 
 def _ranked(values: Mapping[str, float]) -> list[tuple[str, float]]:

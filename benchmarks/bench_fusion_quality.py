@@ -1,6 +1,6 @@
 """Token-level fusion against every fixed combination and other routers, on SmolLM2-135M-Instruct and real code.
 
-FLOWRA_DATA=… python benchmarks/bench_fusion_quality.py FOLDER [--only layer,static] [--seeds 3] [--curve 50,100,500]
+FLOWRA_DATA=… python benchmarks/bench_fusion_quality.py FOLDER [--only layer,static] [--seeds 3] [--threads 2]
     [--finished] [--quick]
 
 Two skills alternate inside one sequence (``_code_skills.py``): one adapter is trained on docstrings, one on code
@@ -11,7 +11,8 @@ weights, 24 trials. The base is a 4-bit file; all that learns is float32.
 
 Judged by the mean negative log-likelihood of the tokens of 424 functions of other files: all, those in docstrings, and
 those in code. Differences are paired by function: nats of a function summed, averaged over seeds, and functions drawn
-again 10,000 times. Seeds vary the order of the functions, and what is drawn at the start.
+again 10,000 times; p-values are corrected after Holm. Seeds vary the order of the functions, and what is drawn at the
+start. Gates of layers and the new LoRA are trained on 50, 100 and 500 functions, too, at the rates found with 200.
 
 =================  ====================================================================================================
 `base`             no adapter
@@ -29,16 +30,16 @@ again 10,000 times. Seeds vary the order of the functions, and what is drawn at 
                    for code
 =================  ====================================================================================================
 
-Every figure is kept in FOLDER and made once; a run that was broken off goes on where it stopped, and `--finished`
-reports what is there. `--quick` tries the whole path in `FOLDER/quick`.
+Every figure is kept in FOLDER and made once; a run that was broken off goes on where it stopped, processes that are
+given the same folder share the work, and `--finished` reports what is there. `--quick` tries the whole path in
+`FOLDER/quick`.
 """
 
 import argparse
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 
@@ -47,8 +48,10 @@ import numpy as np
 import torch
 from _code_skills import skills
 from _fusion_bench import RANK, Fused, Workshop
+from _holm import holm
 from _results import Row, write
 from _segments import Nats, bootstrap, mean_nats, mean_of_runs
+from _shared_work import share
 
 from flowra_compose import AdapterState
 from flowra_compose.fusion import Arrow, GateOptions, SpectR, StaticWeights, gates_for
@@ -64,6 +67,8 @@ RATES: Mapping[str, tuple[float, ...]] = {
 }
 """Where the search begins: about the best of an earlier round."""
 EXAMPLES, HOURS = 200, 6
+CURVED, CURVE = ("layer", "few-shot"), (50, 100, 500)
+"""What learns from other numbers of functions, too, and how many."""
 BELOW = {"arrow", "code", "layer", "static", "step"}
 """Whose names stand below their marks in the picture."""
 PICTURE = Path(__file__).parents[1] / "docs" / "results" / "fusion.png"
@@ -76,7 +81,7 @@ class Size:
     own: int = 1500
     """Examples of each adapter."""
     both: int = 500
-    """Functions that there are for what learns, of which it gets 200 unless the curve asks for another number."""
+    """Functions that there are for what learns, of which it gets 200 but for the curve."""
     test: int = 10_000
     trials: int = 24
     """Of fixed weights."""
@@ -124,7 +129,7 @@ def fixed(bench: Bench, name: str) -> Nats:
     return fused.judged(Arrow(updates) if name == "arrow" else SpectR(updates))
 
 
-def of_learned(bench: Bench, name: str, seed: int, examples: int = EXAMPLES) -> None:
+def of_learned(bench: Bench, name: str, seed: int, examples: int) -> None:
     """Judge one of what learns, at the learning rate that is best on the tuning rows with the first seed."""
     fused = bench.fused(name)
     best = bench.tuned(name, RATES[name], lambda rate, seed: fused.at(name, rate, seed))
@@ -151,7 +156,8 @@ def report(bench: Bench, seeds: int) -> None:
             table[name] = [bench.kept(file, dict)["test"] for file in files if bench.has(file)]
             print(f"{name}: learning rate {best:g}, {len(table[name])} seeds")
     print(f"not run: {', '.join(name for name in (*FIXED, *LEARNED) if name not in table) or 'nothing'}")
-    rows = [Row(what="machine-hours of all figures", ours=round(bench.hours(), 2), limit=HOURS, sense="<=")]
+    took = bench.hours(["trained docs", "trained code", "static weights", *FIXED, *(f"{name} *" for name in LEARNED)])
+    rows = [Row(what="machine-hours of all figures", ours=round(took, 2), limit=HOURS, sense="<=")]
     if "base" in table:
         rows.append(Row(what="base: perplexity of a token", ours=round(math.exp(mean_nats(table["base"][0])), 3)))
     for name, runs in table.items():
@@ -160,25 +166,32 @@ def report(bench: Bench, seeds: int) -> None:
         docs, code = (mean_of_runs(runs, skill) for skill in (0, 1))
         line = f"{name}: nats per token, docstrings {docs:.4f}, code {code:.4f}, seeds {len(runs)}{spread}; all"
         rows.append(Row(what=line, ours=round(float(np.mean(values)), 4)))
-    for file in sorted((bench.folder / "figures").glob("* of *, 0.json")):
-        stem = file.stem.removesuffix(", 0")
-        files = sorted(file.parent.glob(f"{stem}, *.json"))
-        found = [json.loads(each.read_text())["figure"]["test"] for each in files]
-        what = f"{stem} functions: nats per token, seeds {len(found)}"
-        rows.append(Row(what=what, ours=round(mean_of_runs(found), 4)))
+    for name, count in product(CURVED, CURVE):
+        files = [f"{name} of {count}, {seed}" for seed in range(seeds)]
+        found = [bench.kept(file, dict)["test"] for file in files if bench.has(file)]
+        if found:
+            what = f"{name} of {count} functions: nats per token, seeds {len(found)}"
+            rows.append(Row(what=what, ours=round(mean_of_runs(found), 4)))
     if "layer" in table:
-        for name, runs in table.items():
-            if name == "layer":
-                continue
-            low, high, p = bootstrap(table["layer"], runs)
-            whole = len(table["layer"]) == seeds and (name in FIXED or len(runs) == seeds)
-            barred = whole and name not in (*LEVELS, "published", "few-shot")
-            what = f"layer gates less {name}, nats per token, 95 % [{low:.4f}, {high:.4f}]"
-            what += "; p" if whole else f", of fewer than {seeds} seeds; p"
-            rows.append(Row(what=what, ours=p, limit=0.05 if barred else None, sense="<=" if barred else None))
+        rows += compared(table, seeds)
     rows += gate_sizes(bench)
     draw(table)
     write("fusion_quality", rows, command="python benchmarks/bench_fusion_quality.py FOLDER")
+
+
+def compared(table: Mapping[str, list[Nats]], seeds: int) -> list[Row]:
+    """Say by how much gates of layers are better than each other way, and how surely."""
+    found = {name: bootstrap(table["layer"], runs) for name, runs in table.items() if name != "layer"}
+    surely = holm({name: p for name, (_, _, p) in found.items()})
+    rows = []
+    for name, (low, high, _) in found.items():
+        whole = len(table["layer"]) == seeds and (name in FIXED or len(table[name]) == seeds)
+        barred = whole and name not in (*LEVELS, "published", "few-shot")
+        what = f"layer gates less {name}, nats per token, 95 % [{low:.4f}, {high:.4f}]"
+        what += "; p after Holm" if whole else f", of fewer than {seeds} seeds; p after Holm"
+        limit = 0.05 if barred else None
+        rows.append(Row(what=what, ours=round(surely[name], 5), limit=limit, sense="<=" if barred else None))
+    return rows
 
 
 def draw(table: Mapping[str, list[Nats]]) -> None:
@@ -217,7 +230,6 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", default="")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--curve", default="", help="numbers of functions, such as 50,100,500, for what learns")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--finished", action="store_true")
     parser.add_argument("--quick", action="store_true")
@@ -226,13 +238,11 @@ def main() -> None:
     bench = Bench(chosen.folder, quick=chosen.quick)
     wanted = chosen.only.split(",") if chosen.only else [*FIXED, *LEARNED]
     if not chosen.finished:
-        for name in wanted:
-            if name in FIXED:
-                bench.kept(name, lambda name=name: fixed(bench, name))
-        counts = [EXAMPLES, *map(int, filter(None, chosen.curve.split(",")))]
-        for count, seed, name in product(counts, range(chosen.seeds), wanted):
-            if name in LEARNED:
-                of_learned(bench, name, seed, count)
+        pieces = [partial(bench.kept, name, partial(fixed, bench, name)) for name in wanted if name in FIXED]
+        for count, seed, name in product((EXAMPLES, *CURVE), range(chosen.seeds), wanted):
+            if name in (LEARNED if count == EXAMPLES else CURVED):
+                pieces.append(partial(of_learned, bench, name, seed, count))
+        share(pieces)
     if not chosen.quick:
         report(bench, chosen.seeds)
 

@@ -1,38 +1,46 @@
 """Token-level fusion beyond one pair of skills: languages × mathematics, many adapters, and the paper's open questions.
 
 FLOWRA_DATA=… python benchmarks/bench_fusion_questions.py FOLDER [--only language,many,transfer,data,places]
-    [--seeds 3] [--threads 2] [--quick]
+    [--seeds 3] [--threads 2] [--finished] [--quick]
 
 FOLDER is that of ``bench_fusion_quality.py``, whose base and adapters are used again: same recipe, the learning rate of
-gates that it found, judged by nats per token of what nothing has seen, paired by sequence.
+gates that it found, judged by nats per token of what nothing has seen, paired by sequence, p-values corrected after
+Holm within each table.
 
 ===========  ==========================================================================================================
 `language`   A problem in Spanish or German, its solution in English (``_language_skills.py``): everything that
-             ``bench_fusion_quality.py`` compares, each at the best of its own learning rates
+             ``bench_fusion_quality.py`` compares. Gates of layers, X-LoRA and the new LoRA have the best of their
+             learning rates on the tuning problems of both languages; gates by step and module that of layers, and those
+             as published the one that ``bench_fusion_quality.py`` found
 `many`       Docstrings and code with 2, 4 and 8 adapters, those that are not needed trained on mathematics and on
              languages: sum, fixed weights, Arrow, SpectR, gates of layers
-`transfer`   Gates trained with one pair of adapters on its data, used with another pair on the other's
+`transfer`   Gates trained with one pair of adapters on its data, used with another pair on the other's; beside those
+             trained there, at the rates of `language`
 `data`       Gates over adapters that were trained on 200, 1,000 and 1,500 examples of the same data
 `places`     Eight adapters: W_g of rank 1, 2, 4 and full, with gates that learn only in the bottom, middle or top third
              of the layers; the others stay as they are born. One seed
 ===========  ==========================================================================================================
 
-Every figure is kept in FOLDER and made once; a run that was broken off goes on where it stopped. `--quick` tries the
-whole path in `FOLDER/quick`.
+Weights of k adapters are searched with 12 k trials, from the best of two padded with zeros. Every figure is kept in
+FOLDER and made once; a run that was broken off goes on where it stopped, processes that are given the same folder share
+the work, and `--finished` reports what is there. `--quick` tries the whole path in `FOLDER/quick`.
 """
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 from _code_skills import skills
-from _fusion_bench import Fused, Workshop
+from _fusion_bench import Fused, Missing, Workshop
+from _holm import holm
 from _language_skills import language, mathematics, problems
 from _results import Row, write
 from _segments import Examples, Nats, bootstrap, mean_nats, mean_of_runs
+from _shared_work import share
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -41,26 +49,27 @@ from flowra_compose.fusion import Arrow, Gates, Routing, SpectR, StaticWeights
 
 LEVELS = ("layer", "step", "module")
 RATES: Mapping[str, tuple[float, ...]] = {
-    **dict.fromkeys((*LEVELS, "few-shot"), (3e-4, 1e-3, 3e-3)),
-    "published": (3e-3, 1e-2, 3e-2),
+    "layer": (3e-4, 1e-3, 3e-3),
+    "few-shot": (3e-4, 1e-3, 3e-3),
     "xlora": (1e-3, 3e-3, 9e-3),
 }
+"""Of what finds its own learning rate on the problems."""
+KINDS = (*RATES, "step", "module", "published")
 LANGUAGES = ("es", "de")
 OTHERS = ("maths", "es", "de", "it", "ru", "zh")
 """Adapters that functions do not need, in the order in which they come in."""
 COUNTS, RANKS, PLACES = (2, 4, 8), (1, 2, 4, None), ("bottom", "middle", "top")
 OWN_EXAMPLES = (200, 1000, 1500)
 """Of each adapter; 1500 are those of ``bench_fusion_quality.py``, nearly all that there are."""
-GATE_EXAMPLES, OWN, TRIALS, RATE = 200, 1500, 24, 1e-3
+GATE_EXAMPLES, OWN, TRIALS, RATE, PUBLISHED_RATE = 200, 1500, 12, 1e-3, 1e-2
 
 
 class Bench(Workshop):
     """Adapters and sequences of all settings."""
 
-    def __init__(self, folder: Path, *, quick: bool) -> None:
-        super().__init__(folder, quick=quick)
+    def __init__(self, folder: Path, *, quick: bool, finished: bool) -> None:
+        super().__init__(folder, quick=quick, finished=finished)
         self.rate = self.best_rate("layer") or RATE
-        self.trials = 4 if quick else TRIALS
         self.code = {name: self._few(rows) for name, rows in skills(self.tokenizer).items()}
 
     def _few(self, rows: Examples) -> Examples:
@@ -98,46 +107,75 @@ class Bench(Workshop):
     def gates_of(self, setting: str, fused: Fused, seed: int) -> tuple[Nats, Gates]:
         """Train gates of a setting, or read them, and return how they do on its test."""
         gates = fused.gates(seed=seed)
-        file = self.folder / f"gates {setting} {self.rate:g} {seed}.safetensors"
+        rate = (self.best_rate("languages layer") if setting in LANGUAGES else None) or self.rate
+        file = self.folder / f"gates {setting} {rate:g} {seed}.safetensors"
 
         def train() -> Nats:
-            with fused.trained(gates, self.rate, seed, f"{setting} seed {seed}") as model:
+            with fused.trained(gates, rate, seed, f"{setting} seed {seed}") as model:
                 found = self.nats(model, fused.test)
             save_file(gates.state_dict(), file)
             return found
 
-        found: Nats = self.kept(f"{setting} gates {self.rate:g}, {seed}", train)
+        found: Nats = self.kept(f"{setting} gates {rate:g}, {seed}", train)
         gates.load_state_dict(load_file(file))
         return found, gates
+
+    def weights(self, setting: str, fused: Fused) -> list[float]:
+        """Find the best fixed weights of a setting; of more than two adapters from those of the last two."""
+        count = len(fused.adapters)
+        trials = 4 + count if self.quick else TRIALS * count
+        begin = None
+        if count > 2:
+            begin = [0.0] * (count - 2) + self.weights(_functions(2), self.of_functions())
+        return list(self.kept(f"{setting} weights of {trials}", lambda: fused.searched(trials, begin=begin)))
+
+    def on_problems(self, kind: str, rate: float, seed: int) -> dict[str, Nats]:
+        """Train one of what learns on each language; what it loses on all tuning problems, and on each test."""
+        found: dict[str, Nats] = {"tuning": []}
+        for code in LANGUAGES:
+            each = self.of_problems(code, kind).at(kind, rate, seed)
+            found["tuning"] += each["tuning"]
+            found[code] = each["test"]
+        return found
+
+    def rate_of(self, kind: str) -> float:
+        """Find the learning rate of one of what learns on problems."""
+        if kind in RATES:
+            return self.tuned(f"languages {kind}", RATES[kind], lambda rate, seed: self.on_problems(kind, rate, seed))
+        if kind == "published":
+            return self.best_rate("published") or PUBLISHED_RATE
+        return self.rate_of("layer")
+
+    def learned(self, kind: str, seed: int) -> dict[str, Nats]:
+        """Return what one of what learns loses on each language's test."""
+        rate = self.rate_of(kind)
+        found: dict[str, Nats] = self.kept(
+            f"languages {kind} {rate:g} {seed}", lambda: self.on_problems(kind, rate, seed)
+        )
+        return found
 
 
 def of_languages(bench: Bench, seeds: int) -> list[Row]:
     """Compare what combines a language and mathematics."""
+    share([partial(bench.learned, kind, seed) for seed, kind in product(range(seeds), KINDS)])
     rows = []
-    for code in LANGUAGES[:1] if bench.quick else LANGUAGES:
+    for code in LANGUAGES:
         fused = bench.of_problems(code)
-        table = {name: [run] for name, run in _untrained(bench, code, fused).items()}
+        table = _untrained(bench, code, fused)
         own = {name: bench.own(name)[-64:] for name in fused.adapters}
-        table["merged by flow"] = [bench.kept(f"{code} flow", lambda fused=fused, own=own: fused.merged_by_flow(own))]
-        for kind, rates in RATES.items():
-            of_kind, name = bench.of_problems(code, kind), f"{code} {kind}"
-            best = bench.tuned(name, rates, lambda rate, seed, it=of_kind, kind=kind: it.at(kind, rate, seed))
-            table[kind] = [
-                bench.kept(f"{name} {best:g} {seed}", lambda it=of_kind, k=kind, r=best, s=seed: it.at(k, r, s))["test"]
-                for seed in range(seeds)
-            ]
-        gates = table.pop("layer")
+        merge = partial(fused.merged_by_flow, own)
+        table["merged by flow"] = [bench.kept(f"{code} flow", merge)]
+        table |= {kind: [bench.learned(kind, seed)[code] for seed in range(seeds)] for kind in KINDS}
         sizes = f"{len(fused.both)} problems to learn from, {len(fused.test)} to judge"
-        rows.append(_row(f"{code} × mathematics, {sizes}, gates by layer", gates))
-        rows += [_row(f"{code} × mathematics, {name}", runs, against=gates) for name, runs in table.items()]
+        rows += _rows(f"{code} × mathematics, {sizes}", table.pop("layer"), table)
     return rows
 
 
-def _untrained(bench: Bench, setting: str, fused: Fused) -> dict[str, Nats]:
+def _untrained(bench: Bench, setting: str, fused: Fused) -> dict[str, list[Nats]]:
     """Judge each adapter alone, their sum, the best fixed weights, and routing that was never trained."""
     count = len(fused.adapters)
     updates = [one.updates for one in fused.adapters.values()]
-    best = bench.kept(f"{setting} weights of {bench.trials}", lambda: fused.searched(bench.trials))
+    best = bench.weights(setting, fused)
     routings: dict[str, Routing] = {
         "base": StaticWeights([0.0] * count),
         **{
@@ -150,67 +188,93 @@ def _untrained(bench: Bench, setting: str, fused: Fused) -> dict[str, Nats]:
         "SpectR": SpectR(updates),
     }
     return {
-        name: bench.kept(f"{setting} {name}", lambda routing=routing: fused.judged(routing))
-        for name, routing in routings.items()
+        name: [bench.kept(f"{setting} {name}", partial(fused.judged, routing))] for name, routing in routings.items()
     }
 
 
 def of_many(bench: Bench, seeds: int) -> list[Row]:
     """Ask what adapters that are not needed cost."""
+    counts = COUNTS[:2] if bench.quick else COUNTS
+    _train(bench, {_functions(count): partial(bench.of_functions, count) for count in counts}, seeds)
     rows = []
-    for count in COUNTS[:2] if bench.quick else COUNTS:
-        fused, what = bench.of_functions(count), f"docstrings and code with {count} adapters"
+    for count in counts:
+        fused = bench.of_functions(count)
         gates = [bench.gates_of(_functions(count), fused, seed)[0] for seed in range(seeds)]
-        rows.append(_row(f"{what}, gates by layer", gates))
-        found = _untrained(bench, _functions(count), fused)
-        rows += [_row(f"{what}, {name}", [run], against=gates) for name, run in found.items()]
+        table = _untrained(bench, _functions(count), fused)
+        rows += _rows(f"docstrings and code with {count} adapters", gates, table)
     return rows
 
 
 def of_transfer(bench: Bench, seeds: int) -> list[Row]:
     """Use gates that were trained on one setting in another."""
-    settings = {_functions(2): bench.of_functions(), **{code: bench.of_problems(code) for code in LANGUAGES}}
+    settings = {_functions(2): bench.of_functions, **{code: partial(bench.of_problems, code) for code in LANGUAGES}}
+    _train(bench, settings, seeds)
     rows = []
-    for (source, trained), (target, used) in product(settings.items(), repeat=2):
-        runs = []
-        for seed in range(seeds):
-            found, gates = bench.gates_of(source, trained, seed)
-            if source != target:
-                found = bench.kept(
-                    f"{source} to {target} {bench.rate:g}, {seed}", lambda gates=gates, used=used: used.judged(gates)
-                )
-            runs.append(found)
-        rows.append(_row(f"gates of {source}, used for {target}", runs))
+    for target, used in settings.items():
+        table: dict[str, list[Nats]] = {}
+        for source, trained in settings.items():
+            for seed in range(seeds):
+                found, gates = bench.gates_of(source, trained(), seed)
+                if source != target:
+                    judged = partial(used().judged, gates)
+                    found = bench.kept(f"{source} to {target} {bench.rate:g}, {seed}", judged)
+                table.setdefault(f"gates of {source}", []).append(found)
+        rows += _rows(f"used for {target}", table.pop(f"gates of {target}"), table)
     return rows
 
 
 def of_data(bench: Bench, seeds: int) -> list[Row]:
     """Ask what the adapters' own training is worth, with gates and without."""
+    settings = {
+        (_functions(2) if own == OWN else f"functions of {own}"): partial(bench.of_functions, own=own)
+        for own in OWN_EXAMPLES
+    }
+    _train(bench, settings, seeds)
     rows = []
-    for own in OWN_EXAMPLES:
-        fused = bench.of_functions(own=own)
-        setting = _functions(2) if own == OWN else f"functions of {own}"
+    for own, (setting, made) in zip(OWN_EXAMPLES, settings.items(), strict=True):
+        fused = made()
         gates = [bench.gates_of(setting, fused, seed)[0] for seed in range(seeds)]
-        rows.append(_row(f"adapters of {own} examples, gates by layer", gates))
-        found = _untrained(bench, setting, fused)
-        rows += [_row(f"adapters of {own} examples, {name}", [run], against=gates) for name, run in found.items()]
+        rows += _rows(f"adapters of {own} examples", gates, _untrained(bench, setting, fused))
     return rows
 
 
 def of_places(bench: Bench, _: int) -> list[Row]:
     """Ask where gates are worth most, and which rank is enough."""
-    rows = []
-    for rank, place in product(RANKS[:1] if bench.quick else RANKS, PLACES):
-        fused = bench.of_functions(4 if bench.quick else 8, rank=rank)
+    choices = [*product(RANKS[:1] if bench.quick else RANKS, PLACES)]
+    count = 4 if bench.quick else 8
 
-        def run(fused: Fused = fused, place: str = place, what: str = f"rank {rank} {place}") -> Nats:
+    def judged(rank: int | None, place: str) -> Nats:
+        def run() -> Nats:
+            fused = bench.of_functions(count, rank=rank)
             gates = fused.gates(seed=0)
+            what = f"rank {rank} {place}"
             with fused.trained(gates, bench.rate, 0, what, which=_third(gates, place)) as model:
                 return bench.nats(model, fused.test)
 
-        found = bench.kept(f"8 adapters, rank {rank or 'full'}, {place}, {bench.rate:g}", run)
-        rows.append(_row(f"8 adapters, gates of rank {rank or 'full'} in the {place} third", [found]))
-    return rows
+        found: Nats = bench.kept(f"{count} adapters, rank {rank or 'full'}, {place}, {bench.rate:g}", run)
+        return found
+
+    share([partial(judged, *each) for each in choices])
+    return [
+        _row(f"{count} adapters, gates of rank {rank or 'full'} in the {place} third, at the rate of full rank", found)
+        for rank, place in choices
+        for found in ([judged(rank, place)],)
+    ]
+
+
+def _train(bench: Bench, settings: Mapping[str, Callable[[], Fused]], seeds: int) -> None:
+    """Train the gates of all settings, and judge what does not learn beside them."""
+
+    def gates(setting: str, seed: int) -> None:
+        bench.gates_of(setting, settings[setting](), seed)
+
+    def others(setting: str) -> None:
+        _untrained(bench, setting, settings[setting]())
+
+    share([
+        *(partial(gates, setting, seed) for setting, seed in product(settings, range(seeds))),
+        *(partial(others, setting) for setting in settings),
+    ])
 
 
 def _third(gates: Gates, place: str) -> list[nn.Module]:
@@ -225,16 +289,24 @@ def _functions(count: int) -> str:
     return "functions" if count == 2 else f"functions with {count}"
 
 
-def _row(what: str, runs: list[Nats], *, against: list[Nats] | None = None) -> Row:
-    """Say nats per token of both skills and of all, and whether the gates' difference could be chance."""
+def _rows(what: str, gates: list[Nats], others: Mapping[str, list[Nats]]) -> list[Row]:
+    """Say what gates of layers lose, what others do, and whether the difference could be chance."""
+    found = {name: bootstrap(gates, runs) for name, runs in others.items()}
+    surely = holm({name: p for name, (_, _, p) in found.items()})
+    rows = [_row(f"{what}, gates by layer", gates)]
+    for name, (low, high, _) in found.items():
+        said = f", gates less this 95 % [{low:.4f}, {high:.4f}], p {surely[name]:.2g}"
+        rows.append(_row(f"{what}, {name}", others[name], said=said))
+    return rows
+
+
+def _row(what: str, runs: list[Nats], *, said: str = "") -> Row:
+    """Say nats per token of both skills and of all."""
     first, second = (mean_of_runs(runs, skill) for skill in (0, 1))
-    said = f"{what}: nats per token, first skill {first:.4f}, second {second:.4f}, seeds {len(runs)}"
+    values = f"{what}: nats per token, first skill {first:.4f}, second {second:.4f}, seeds {len(runs)}"
     if len(runs) > 1:
-        said += f" ± {np.std([mean_nats(run) for run in runs], ddof=1):.4f}"
-    if against is not None:
-        low, high, p = bootstrap(against, runs)
-        said += f", gates less this 95 % [{low:.4f}, {high:.4f}], p {p:g}"
-    return Row(what=f"{said}; all", ours=round(mean_of_runs(runs), 4))
+        values += f" ± {np.std([mean_nats(run) for run in runs], ddof=1):.4f}"
+    return Row(what=f"{values}{said}; all", ours=round(mean_of_runs(runs), 4))
 
 
 ASKED = {"language": of_languages, "many": of_many, "transfer": of_transfer, "data": of_data, "places": of_places}
@@ -247,13 +319,24 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(ASKED))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--finished", action="store_true", help="report the questions that are answered, and run nothing"
+    )
     parser.add_argument("--quick", action="store_true")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    bench = Bench(chosen.folder, quick=chosen.quick)
-    rows = [row for name in chosen.only.split(",") for row in ASKED[name](bench, chosen.seeds)]
-    if not chosen.quick:
-        write("fusion_questions", rows, command="python benchmarks/bench_fusion_questions.py FOLDER")
+    bench = Bench(chosen.folder, quick=chosen.quick, finished=chosen.finished)
+    rows, answered = [], []
+    for name in chosen.only.split(","):
+        try:
+            rows += ASKED[name](bench, chosen.seeds)
+        except Missing as figure:
+            print(f"{name}: not answered yet, {figure} is missing")
+        else:
+            answered.append(name)
+    if rows and not chosen.quick:
+        command = f"python benchmarks/bench_fusion_questions.py FOLDER --only {','.join(answered)}"
+        write("fusion_questions", rows, command=command)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,13 @@ def test_it_begins_with_the_sum_the_mean_and_each_alone() -> None:
     assert calls == [(1.0, 1.0), (0.5, 0.5), (1.0, 0.0), (0.0, 1.0)]
 
 
+def test_it_begins_with_what_it_is_given_within_the_bounds() -> None:
+    calls: list[tuple[float, ...]] = []
+    found = search_static_weights(quadratic([0.3, 0.4], calls), 2, evaluations=6, starts=[(0.3, 0.4), (9, 0)])
+    assert calls == [(0.3, 0.4), (1.5, 0.0), (1.0, 1.0), (0.5, 0.5), (1.0, 0.0), (0.0, 1.0)]
+    assert (found.weights, found.loss) == ((0.3, 0.4), 0.0)
+
+
 def test_the_best_is_never_worse_than_the_best_of_the_starts() -> None:
     losses = iter([3.0, 5.0, 1.0, 4.0, *[9.0] * 96])
     found = search_static_weights(lambda _: next(losses), 2, evaluations=100)
@@ -100,6 +107,8 @@ def test_weights_of_a_merge_are_recovered_from_what_it_answers() -> None:
     [
         (0, {}, "evaluations must be at least k"),
         (3, {"evaluations": 4}, "evaluations must be at least k \\+ 2 with k ≥ 1, got 4 for k = 3"),
+        (2, {"evaluations": 4, "starts": [(1, 0)]}, "evaluations must be at least k \\+ 3 with k ≥ 1, got 4 for k = 2"),
+        (2, {"starts": [(1, 0, 0)]}, "starts must have a weight for each of 2 adapters"),
         (2, {"bounds": (1.0, 1.0)}, "bounds, penalty and initial_step must be low < high"),
         (2, {"penalty": -0.1}, "bounds, penalty and initial_step"),
         (2, {"penalty": math.nan}, "bounds, penalty and initial_step"),

@@ -8,7 +8,7 @@ not factors.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 __all__ = ["StaticSearch", "search_static_weights"]
@@ -34,6 +34,7 @@ def search_static_weights(
     penalty: float = 0.0,
     bounds: tuple[float, float] = (-1.5, 1.5),
     initial_step: float = 0.5,
+    starts: Sequence[Sequence[float]] = (),
 ) -> StaticSearch:
     """Search the weights of the least loss.
 
@@ -41,10 +42,11 @@ def search_static_weights(
         loss: given one weight for each adapter, what to minimise; such as the validation loss under
             :class:`StaticWeights`.
         adapters: k ≥ 1.
-        evaluations: how often the loss is asked for, at most; at least k + 2.
+        evaluations: how often the loss is asked for, at most; at least k + 2, and one for each of ``starts``.
         penalty: λ ≥ 0 of λ Σ |wᵢ| / k, added to the loss. LoraHub's is 0.05.
         bounds: of each weight.
         initial_step: first length of a step along an axis; it is halved where no step helps.
+        starts: weights to begin with beside all 1, all 1/k and each adapter alone, such as the best of fewer adapters.
 
     Returns:
         The best weights, their loss, and all that was tried. Equal losses keep the earlier weights.
@@ -52,8 +54,11 @@ def search_static_weights(
     Raises:
         ValueError: if a setting is out of range.
     """
-    if adapters < 1 or evaluations < adapters + 2:
-        raise ValueError(f"evaluations must be at least k + 2 with k ≥ 1, got {evaluations} for k = {adapters}")
+    if adapters < 1 or evaluations < adapters + 2 + len(starts):
+        least = "k + 2" if not starts else f"k + {2 + len(starts)}"
+        raise ValueError(f"evaluations must be at least {least} with k ≥ 1, got {evaluations} for k = {adapters}")
+    if any(len(each) != adapters for each in starts):
+        raise ValueError(f"starts must have a weight for each of {adapters} adapters, got {list(starts)}")
     if not bounds[0] < bounds[1] or not penalty >= 0 or not initial_step > 0:
         raise ValueError(
             "bounds, penalty and initial_step must be low < high, ≥ 0 and > 0,"
@@ -71,8 +76,9 @@ def search_static_weights(
         return seen[weights]
 
     alone = [tuple(float(index == which) for index in range(adapters)) for which in range(adapters)]
-    starts = [(1.0,) * adapters, (1 / adapters,) * adapters, *alone]
-    best = min((_within(start, bounds) for start in starts), key=value)
+    first = [tuple(map(float, each)) for each in starts]
+    first += [(1.0,) * adapters, (1 / adapters,) * adapters, *alone]
+    best = min((_within(each, bounds) for each in first), key=value)
     step = initial_step
     while len(seen) < evaluations and step > 1e-3:
         before = best
