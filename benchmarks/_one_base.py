@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -349,7 +350,9 @@ def _train_jointly(tasks: Sequence[TaskModel], rate: float, folder: Path) -> flo
     heads = [[*model.get_submodule(made.heads[0]).parameters()] for made, model in zip(tasks, models, strict=True)]
     config = _schedule(sum(made.task.steps for made in tasks), rate)
     units = [made.setting.data.label_unit for made in tasks]
-    groups = [{"params": [each for layer in layers.values() for each in layer.parameters()], "lr": rate}]
+    groups: list[dict[str, Any]] = [
+        {"params": [each for layer in layers.values() for each in layer.parameters()], "lr": rate}
+    ]
     groups += [{"params": head, "lr": HEAD_RATE * unit} for head, unit in zip(heads, units, strict=True)]
     optimizer = AdamW(groups, weight_decay=config.weight_decay)
     scheduler = LambdaLR(optimizer, lambda done: learning_rate_factor(done, config))
@@ -397,12 +400,13 @@ def statistics_of(made: TaskModel, count: int, *, fisher: bool = False) -> dict[
         setting.collate([made.training[index] for index in range(first, min(first + 32, count))])
         for first in range(0, count, 32)
     ]
+    statistics: dict[str, Any] = {"kfac": KFAC.init(), **({"diagonal": DiagonalFisher.init()} if fisher else {})}
     seen = measure(
         made.model,
         batches,
         lambda model, batch: setting.task.drawn_losses(model, batch, generator),
         made.layers,
-        {"kfac": KFAC.init(), **({"diagonal": DiagonalFisher.init()} if fisher else {})},
+        statistics,
         mask=lambda batch: batch["attention_mask"],
     )
     factors = seen["kfac"].finalise()

@@ -281,12 +281,13 @@ def components() -> list[Row]:
     """
     widths, tokens, ranks = (256, 512, 1024, 2048), (512, 1024, 2048, 4096), (32, 64, 128, 256)
     rows = []
-    for name, (begun, by_width) in {
+    statistics: dict[str, tuple[Any, int]] = {
         "Fisher trace by ghost norms": (EmpiricalFisher.init(), 1),
         "gradient sketch": (GradientSpectra.init(size=16), 1),
         "diagonal Fisher": (DiagonalFisher.init(), 2),
         "K-FAC factors": (KFAC.init(), 2),
-    }.items():
+    }
+    for name, (begun, by_width) in statistics.items():
         by = {width: _fastest(partial(begun.update, "", _signals(width, 512))) for width in widths}
         rows.append(Row(what=f"{name}: power of the width", ours=_power(by), peer=by_width))
         by = {count: _fastest(partial(begun.update, "", _signals(256, count))) for count in tokens}
