@@ -1,15 +1,27 @@
 """Processes that are given the same folder share its work: each piece is done by whoever claims it first."""
 
 import fcntl
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-__all__ = ["Elsewhere", "claimed", "share"]
+__all__ = ["Elsewhere", "claimed", "kept", "share"]
 
 PAUSE = 15
 """Seconds before looking again, where all that is left is done by others."""
+
+
+def kept(file: Path, make: Callable[[], Any]) -> Any:  # noqa: ANN401 - what JSON holds
+    """Return what a file says; where there is none yet, it is made first."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(make(), indent=1) + "\n", encoding="utf-8")
+        partial.rename(file)
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 class Elsewhere(Exception):

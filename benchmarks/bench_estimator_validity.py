@@ -34,13 +34,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from _results import Row, write
-from _shared_work import claimed
+from _shared_work import claimed, kept
 from _smollm2 import smollm2
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -460,8 +461,24 @@ def as_json(size: Size) -> dict[str, Any]:
     return cast(dict[str, Any], json.loads(json.dumps(asdict(size))))
 
 
+def kept_changes(
+    file: Path, make: Callable[[], Mapping[str, Mapping[str, LossChange]]]
+) -> dict[str, dict[str, LossChange]]:
+    """Return what ablations did, by ablation and module; measured now if it was not."""
+
+    def plain() -> dict[str, Any]:
+        made = make()
+        return {key: {name: asdict(each) for name, each in changes.items()} for key, changes in made.items()}
+
+    return {
+        key: {name: LossChange(**{**each, "halves": tuple(each["halves"])}) for name, each in changes.items()}
+        for key, changes in kept(file, plain).items()
+    }
+
+
 def measured(task: str, folder: Path, size: Size) -> dict[str, Any]:
-    """Do everything on one task."""
+    """Do everything on one task; what takes long is kept as soon as it is there."""
+    parts = folder / f"{task.replace('/', '-')}-parts"
     rate, probes = tuned(task, folder, size)
     in_the_middle = probes if size.at_every_rate else (rate,)
     middle = {each: tried(task, folder, size, "middle", each) for each in in_the_middle}
@@ -471,18 +488,25 @@ def measured(task: str, folder: Path, size: Size) -> dict[str, Any]:
     found = ask(probe, batches)
     at_zero = estimate(base_model(config, probe.setting), probe.setting, probe.layers, batches, ["gradient"]).gains
     spectra = spectra_of(found)
-    first, outputs = first_units(probe, spectra, size)
-    others = run_ablations(
-        config,
-        probe.setting,
-        probe.model,
-        spectra,
-        psi(found["probe"], costs)[0],
-        removed=size.removed,
-        examples=size.held_out,
-        retrained=size.retrained,
+    looked_at = kept_changes(
+        parts / "first units.json",
+        lambda: dict(zip((ABLATION, OUTPUTS), first_units(probe, spectra, size), strict=True)),
     )
-    ablations = {ABLATION: first, **others, OUTPUTS: outputs}
+    others = kept_changes(
+        parts / "other ablations.json",
+        lambda: run_ablations(
+            config,
+            probe.setting,
+            probe.model,
+            spectra,
+            psi(found["probe"], costs)[0],
+            removed=size.removed,
+            examples=size.held_out,
+            retrained=size.retrained,
+        ),
+    )
+    first = looked_at[ABLATION]
+    ablations = {ABLATION: first, **others, OUTPUTS: looked_at[OUTPUTS]}
     content = validation(
         as_profile(probe.layers, found),
         ablations,
@@ -512,7 +536,9 @@ def measured(task: str, folder: Path, size: Size) -> dict[str, Any]:
         for kind, each in found.items()
     }
     content["rates"] = {
-        f"{each:g} {schedule}": at_rate(one, size, found, first) if one is probes[rate] else at_another_rate(one, size)
+        f"{each:g} {schedule}": at_rate(one, size, found, first)
+        if one is probes[rate]
+        else kept(parts / f"rate {each:g} {schedule}.json", partial(at_another_rate, one, size))
         for schedule, of in (("end", probes), ("middle", middle))
         for each, one in of.items()
     }
@@ -531,10 +557,6 @@ def measured(task: str, folder: Path, size: Size) -> dict[str, Any]:
     content["densities"] = {name: gain / costs[name] for name, gain in found[DEFAULT].gain.items()}
     content["measured_densities"] = {name: change.loss_change / costs[name] for name, change in first.items()}
     content["size"] = as_json(size)
-    done = folder / f"{task.replace('/', '-')}.json"
-    partial = done.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.rename(done)
     return content
 
 
@@ -726,7 +748,8 @@ def main() -> None:
         for task in () if arguments.finished else tasks:
             with claimed(folder / f"{task.replace('/', '-')}.json", wait=wait) as mine:
                 if mine:
-                    measured(task, folder, sizes[task])
+                    done = folder / f"{task.replace('/', '-')}.json"
+                    kept(done, partial(measured, task, folder, sizes[task]))
     by_model: dict[str, dict[str, dict[str, Any]]] = {}
     for task in tasks:
         content = read(task, folder, sizes[task])
