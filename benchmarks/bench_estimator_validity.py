@@ -8,8 +8,9 @@ rank away does to the held-out loss, signed: positive where the rank helped. The
 - Two moments, reported alike: the end of a schedule of as many steps as a probe has, and the middle of a longer one,
   where `flowra calibrate` stops with the learning rate near its peak. A first run looked at the middle alone and found
   estimators ordering SST-2 backwards; the end was added knowing that, and knowing one of its own results.
-- The learning rate is the one of a small grid whose adapter has the lowest loss on held-out examples, and not on those
-  on which rank is taken away. Both losses, with the updates and without, are written down for the whole grid.
+- The learning rate is the one of a small grid, or of up to two beyond its edge while the best is there, whose adapter
+  has the lowest loss on held-out examples, and not on those on which rank is taken away. Both losses, with the updates
+  and without, are written down for all that were tried.
 - Held out is a part of the training file: development sets may differ (SST-2 trains on phrases), and the estimators
   speak of the loss that is trained on. Equal texts stay on one side; phrases of one sentence may not.
 - What was left out is not hidden: on MiniLM leave-one-rank-out at every rate of the grid, at the end and in the
