@@ -30,7 +30,7 @@ def show_plan(config: RunConfig) -> None:
         f"mean rank {average:.2f}, probe rank {probe} (peak {probe * sum(layers.costs.values()):,} parameters)"
     )
     if config.allocation.plan == "flow":
-        cap = min(config.allocation.cap or probe, probe)
+        cap = probe if config.allocation.cap is None else min(config.allocation.cap, probe)
         console.print(f"plan: by flow, at most rank {cap}; η = {config.sensitivity_threshold:g}")
     else:
         console.print(f"plan: {config.allocation.plan}, which looks at no data")

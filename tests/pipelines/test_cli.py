@@ -92,12 +92,12 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(
     assert "budget: 700 = 700 adapter parameters" in shown
     assert "left out: 1 rows because the label is not one of rotten, fresh" in shown
     assert "steps: probe 0–8, train –16, refine –28, frozen –40" in shown
-    assert "plan: by flow, cap " in shown
-    _, shown, _ = here("run", str(config_file), "--dry-run", "--set", "allocation.cap=3")
-    assert "plan: by flow, cap 3 per module" in shown
+    assert "plan: by flow, at most rank 2; η = 0.05" in shown
+    _, shown, _ = here("run", str(config_file), "--dry-run", "--set", "allocation.cap=1")
+    assert "plan: by flow, at most rank 1;" in shown
     _, shown, _ = here("run", str(config_file), "--dry-run", "--set", "allocation.plan=mlp")
     assert "plan: mlp, which looks at no data" in shown
-    assert "cap" not in shown
+    assert "at most rank" not in shown
     assert not (config_file.parent / "runs").exists()
 
 
