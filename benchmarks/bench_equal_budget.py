@@ -434,6 +434,7 @@ METHODS: dict[str, Method] = {
 COMPARED = (
     ("Flowra: shrink by magnitude", "LoRA, all layers"),
     ("Flowra: shrink by flow", "LoRA, all layers"),
+    ("Flowra: breathe", "LoRA, all layers"),
     ("Flowra: shrink by magnitude", "AdaLoRA, all layers"),
     ("Flowra: shrink by magnitude", "Flowra: breathe"),
     ("Flowra: probe, shrink by magnitude", "Flowra: probe, breathe"),
