@@ -27,16 +27,17 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import peft
 import torch
 from _equal_budget_table import Outcome, Table, between, draw, halves, over_all, show
 from _precision import fast_dtype
 from _results import write
-from _shared_work import claimed
+from _shared_work import Elsewhere, claimed, share
 from _smollm2 import smollm2
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerCallback
@@ -77,7 +78,6 @@ FURTHER = 2
 """Learning rates beyond the grid, at most."""
 PROBE = 0.2
 """Share of the steps that the probe takes."""
-Work = Literal["none", "unclaimed", "all"]
 """What is run: nothing, what no other process does, or that and then what others left, waiting for them."""
 PICTURE = Path(__file__).parents[1] / "docs" / "results" / "equal_budget.png"
 
@@ -490,14 +490,20 @@ def precision_of(key: str, folder: Path) -> torch.dtype:
     return fast_dtype() if TASKS[key].half else torch.float32
 
 
-def result(key: str, method: str, rate: float, seed: int, folder: Path, *, work: Work) -> dict[str, Any] | None:
-    """Train and score once; read what is there already."""
-    slug = "".join(letter if letter.isalnum() else "-" for letter in method.lower())
-    file = folder / f"{key}-{slug}-lr{rate:g}-seed{seed}.json"
-    if work != "none" and not file.exists():
-        with claimed(file, wait=work == "all") as mine:
+def stem(key: str, method: str) -> str:
+    """Return what the names of all files of a task's method begin with."""
+    return f"{key}-" + "".join(letter if letter.isalnum() else "-" for letter in method.lower())
+
+
+def result(key: str, method: str, rate: float, seed: int, folder: Path, *, work: bool) -> dict[str, Any] | None:
+    """Read what is there; train and score what is not, if there is work to be done. Elsewhere if another is at it."""
+    file = folder / f"{stem(key, method)}-lr{rate:g}-seed{seed}.json"
+    if work and not file.exists():
+        with claimed(file) as mine:
             if mine:
                 _train(key, method, rate, seed, folder, file)
+        if not file.exists():
+            raise Elsewhere
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
 
 
@@ -510,9 +516,9 @@ def _train(key: str, method: str, rate: float, seed: int, folder: Path, file: Pa
     except (UserError, RefinementError) as error:  # the loss is no longer finite, or the policy cannot go on
         content["error"] = str(error)
     content["seconds"] = round(time.perf_counter() - began, 1)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    partial.rename(file)
+    unfinished = file.with_suffix(".partial")
+    unfinished.write_text(json.dumps(content), encoding="utf-8")
+    unfinished.rename(file)
 
 
 @torch.inference_mode()
@@ -532,28 +538,42 @@ def scored(run: Run) -> tuple[list[float], list[float]]:
     return per_token, answers or per_token
 
 
-def outcome(key: str, method: str, folder: Path, *, seeds: int, work: Work) -> Outcome | None:
-    """Choose the rate with seed 0, then run the other seeds at it; None if nothing is there, or not all rates are."""
+def results(
+    key: str, method: str, places: Collection[tuple[float, int]], folder: Path, *, work: bool
+) -> dict[tuple[float, int], dict[str, Any]]:
+    """Return what there is at rates and seeds; raise Elsewhere, after all others, if another process is at one."""
+    found, elsewhere = {}, False
+    for rate, seed in places:
+        try:
+            found[rate, seed] = result(key, method, rate, seed, folder, work=work)
+        except Elsewhere:
+            elsewhere = True
+    if elsewhere:
+        raise Elsewhere
+    return {place: each for place, each in found.items() if each is not None}
+
+
+def outcome(key: str, method: str, folder: Path, *, seeds: int, work: bool = False) -> Outcome | None:
+    """Choose the rate with seed 0, then run the other seeds at it; None if nothing is there."""
     rates = list(TASKS[key].rates)
     for further in range(FURTHER + 1):
-        tried = {rate: result(key, method, rate, 0, folder, work=work) for rate in rates}
-        if work != "none" and None in tried.values():  # another process is at it
-            return None
-        good = {rate: halves(each["losses"])[0].mean() for rate, each in tried.items() if each and "losses" in each}
+        found = results(key, method, [(rate, 0) for rate in rates], folder, work=work)
+        tried = {rate: each for (rate, _), each in found.items()}
+        good = {rate: halves(each["losses"])[0].mean() for rate, each in tried.items() if "losses" in each}
         if not good:
             return None
         rate = min(good, key=lambda each: good[each])
         if further == FURTHER or min(rates) < rate < max(rates):
             break
         rates.append(rate / 2 if rate == min(rates) else rate * 2)  # grids are of factors of two
-    runs = {seed: result(key, method, rate, seed, folder, work=work) for seed in range(seeds)}
-    finite = {seed: each for seed, each in runs.items() if each and "losses" in each}
-    return Outcome(rate=rate, tried=[each for each, run in tried.items() if run], runs=finite) if finite else None
+    runs = results(key, method, [(rate, seed) for seed in range(seeds)], folder, work=work)
+    finite = {seed: each for (_, seed), each in runs.items() if "losses" in each}
+    return Outcome(rate=rate, tried=list(tried), runs=finite) if finite else None
 
 
-def tables(key: str, folder: Path, *, seeds: int, work: Work) -> tuple[Table | None, Table | None]:
-    """Run or read every method; return the table at equal budgets, and that at equal peaks, where LoRA is there."""
-    found = {name: outcome(key, name, folder, seeds=seeds, work=work) for name in METHODS | AT_PEAK}
+def tables(key: str, folder: Path, *, seeds: int) -> tuple[Table | None, Table | None]:
+    """Read every method's runs; return the table at equal budgets, and that at equal peaks, where LoRA is there."""
+    found = {name: outcome(key, name, folder, seeds=seeds) for name in METHODS | AT_PEAK}
     methods = {name: each for name, each in found.items() if each is not None}
     at_budget = {name: each for name, each in methods.items() if name in METHODS}
     above = {name: each for name, each in methods.items() if each.peak > each.budget}
@@ -577,8 +597,9 @@ def hours(keys: Sequence[str], folder: Path, *, seeds: int) -> float:
     """Guess the hours of one process of what is still to be run, from two steps and one held-out batch of each task."""
     total = 0.0
     for key in keys:
-        task, count = TASKS[key], len(METHODS | AT_PEAK) * (len(TASKS[key].rates) + seeds - 1)
-        done = len(list(folder.glob(f"{key}-*.json")))
+        task = TASKS[key]
+        done = {method: len(list(folder.glob(f"{stem(key, method)}-lr*.json"))) for method in METHODS | AT_PEAK}
+        to_go = sum(max(0, len(task.rates) + seeds - 1 - count) for count in done.values())
         run = prepared(key, folder, task.rates[0], 0)
         run.attach(dict.fromkeys(run.costs, 1))
         rows = [run.setting.train[index] for index in range(task.batch)]
@@ -588,8 +609,8 @@ def hours(keys: Sequence[str], folder: Path, *, seeds: int) -> float:
             run.setting.task.losses(run.model, run.setting.collate(rows))[0].mean().backward()
             seconds.append(time.perf_counter() - began)
         per_run = 1.3 * min(seconds) * task.steps + min(seconds) / 3 * len(run.setting.test) / task.batch + 5
-        total += max(0, count - done) * per_run / 3600
-        print(f"{task.title}: about {per_run:.0f} s for a run, {max(0, count - done)} runs to go", flush=True)
+        total += to_go * per_run / 3600
+        print(f"{task.title}: about {per_run:.0f} s for a run, {to_go} runs to go", flush=True)
     return total
 
 
@@ -608,11 +629,10 @@ def main() -> None:
     if not arguments.finished:
         to_go = hours(keys, arguments.folder, seeds=arguments.seeds)
         print(f"about {to_go:.1f} hours to go in one process, more where the best rate is at the edge", flush=True)
-        for key in keys:
-            tables(key, arguments.folder, seeds=arguments.seeds, work="unclaimed")
+        pieces = product(keys, METHODS | AT_PEAK)
+        share([partial(outcome, *each, arguments.folder, seeds=arguments.seeds, work=True) for each in pieces])
     rows = []
-    work: Work = "none" if arguments.finished else "all"
-    found = [tables(key, arguments.folder, seeds=arguments.seeds, work=work) for key in keys]
+    found = [tables(key, arguments.folder, seeds=arguments.seeds) for key in keys]
     at_budget = [each for each, _ in found if each is not None]
     for each in at_budget:
         rows += show(each)
