@@ -375,7 +375,7 @@ def _train_jointly(tasks: Sequence[TaskModel], rate: float, folder: Path) -> flo
             optimizer.step()
             scheduler.step()
             progress.advance(note=f"loss {loss.item():.3f}")
-    save_adapter(models[0], folder, consumer="peft")
+    save_adapter(models[0], folder, modules_to_save=tasks[0].heads, consumer="peft")
     for made, model in zip(tasks, models, strict=True):
         head = {name: each for name, each in model.state_dict().items() if name.startswith(f"{made.heads[0]}.")}
         save_file(head, folder / f"{made.task.name}.safetensors")

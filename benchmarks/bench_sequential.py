@@ -20,9 +20,9 @@ BWT the mean change of a task's score since it was learned, forgetting the mean 
 2017, Chaudhry et al. 2018); the table has the means over the orders.
 
 A first line says how many hours the machine will need. Every step of every sequence is kept in FOLDER and made once,
-its adapter included; a run that was broken off goes on where it stopped, and `--finished` reports what is there. In
-the FOLDER of ``bench_composition.py`` the adapters that it trained are taken. `--quick` takes few steps, rows and
-orders, to try the benchmark, and writes no results.
+its adapter included; a run that was broken off goes on where it stopped, and `--finished` reports what is there.
+Processes that are given the same folder share the work. In the FOLDER of ``bench_composition.py`` the adapters that it
+trained are taken. `--quick` takes few steps, rows and orders, to try the benchmark, and writes no results.
 """
 
 import argparse
@@ -33,7 +33,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +53,7 @@ from _one_base import (
     trained,
 )
 from _results import Row, write
+from _shared_work import Elsewhere, claimed, share
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
@@ -192,7 +193,8 @@ class Bench:
     def task(self, name: str) -> TaskModel:
         """Return a task with its own adapter, trained if it is not there yet."""
         if name not in self.made:
-            self.made[name] = trained(self.extent.tasks[name], self.folder / "glue")
+            with claimed(self.folder / "glue" / name / "adapter", wait=True):
+                self.made[name] = trained(self.extent.tasks[name], self.folder / "glue")
         return self.made[name]
 
     def rate(self, name: str) -> float:
@@ -209,7 +211,8 @@ class Bench:
             _save_weights(model, folder / f"rate-{rate:g}")
             return made.choose(model).value
 
-        rate = best_rate(folder, FULL_RATES, train)
+        with claimed(folder / "rates.json", wait=True):
+            rate = best_rate(folder, FULL_RATES, train)
         return rate, folder / f"rate-{rate:g}"
 
 
@@ -248,7 +251,14 @@ class Course:
         return [place for place in range(len(self.order)) if self.scores(place) is None]
 
     def run(self) -> None:
-        """Run the steps that are missing."""
+        """Run the steps that are missing; raise Elsewhere if another process is at them."""
+        with claimed(self.step_folder(len(self.order) - 1) / "scores.json") as mine:
+            if mine:
+                self._run()
+        if self.left:
+            raise Elsewhere
+
+    def _run(self) -> None:
         for place in self.left:
             began = time.perf_counter()
             self.train(place)
@@ -412,25 +422,26 @@ class Composition:
     def run(self, order: Sequence[str]) -> None:
         """Merge and score what is missing."""
         for count in range(1, len(order) + 1):
-            names = order[:count]
-            if self.file(names).exists():
-                continue
-            tasks = [self.bench.task(name) for name in names]
-            began = time.perf_counter()
-            merged = merge_updates(
-                [made.updates for made in tasks],
-                [1.0] * count,
-                rule="flow",
-                statistics=[self.known(name) for name in names],
-            )
-            content = {"seconds_of_merging": round(time.perf_counter() - began, 1), "test": {}}
-            for made in tasks:
-                made.wear_head(made.head)
-                made.wear(merged)
-                content["test"][made.task.name] = made.score(made.setting.test).value
-            self.file(names).parent.mkdir(parents=True, exist_ok=True)
-            self.file(names).write_text(json.dumps(content), encoding="utf-8")
-            print(f"{COMPOSITION}: {', '.join(names)}: {content['test']}", flush=True)
+            with claimed(self.file(order[:count]), wait=True) as mine:
+                if mine:
+                    self._merge(order[:count])
+
+    def _merge(self, names: Sequence[str]) -> None:
+        tasks = [self.bench.task(name) for name in names]
+        began = time.perf_counter()
+        merged = merge_updates(
+            [made.updates for made in tasks],
+            [1.0] * len(tasks),
+            rule="flow",
+            statistics=[self.known(name) for name in names],
+        )
+        content = {"seconds_of_merging": round(time.perf_counter() - began, 1), "test": {}}
+        for made in tasks:
+            made.wear_head(made.head)
+            made.wear(merged)
+            content["test"][made.task.name] = made.score(made.setting.test).value
+        self.file(names).write_text(json.dumps(content), encoding="utf-8")
+        print(f"{COMPOSITION}: {', '.join(names)}: {content['test']}", flush=True)
 
     def matrix(self, order: Sequence[str]) -> list[list[float]] | None:
         """Scores in points, a row for each task more; None if one is missing."""
@@ -459,17 +470,24 @@ def sequences(bench: Bench, name: str) -> list[Course]:
 
 
 def fill(bench: Bench) -> None:
-    """Run what is missing."""
-    composition = Composition(bench=bench)
-    for order in bench.extent.orders:
-        for name in order:
-            composition.run([name])
-        composition.run(order)
-    for name, method in METHODS.items():
-        for strength in method.strengths[: bench.extent.most_strengths]:
-            Course(bench=bench, name=name, order=bench.extent.orders[0], strength=strength).run()
-        for sequence in sequences(bench, name):
-            sequence.run()
+    """Run what is missing: compositions, every strength on the first order, then the best strength on the others."""
+    composition, orders = Composition(bench=bench), bench.extent.orders
+    merges = [partial(composition.run, order) for order in [*([name] for name in orders[0]), *orders]]
+    first = {
+        name: [
+            Course(bench=bench, name=name, order=orders[0], strength=strength)
+            for strength in method.strengths[: bench.extent.most_strengths]
+        ]
+        for name, method in METHODS.items()
+    }
+    others = [partial(_at_best_strength, bench, name, order, first[name]) for name in METHODS for order in orders[1:]]
+    share([*merges, *(course.run for courses in first.values() for course in courses), *others])
+
+
+def _at_best_strength(bench: Bench, name: str, order: tuple[str, ...], tried: Sequence[Course]) -> None:
+    if any(course.left for course in tried):
+        raise Elsewhere
+    Course(bench=bench, name=name, order=order, strength=chosen(bench, name)).run()
 
 
 def report(bench: Bench) -> list[Row]:
