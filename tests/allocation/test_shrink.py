@@ -90,36 +90,50 @@ def kept(snapshot: Snapshot, policy: Shrink) -> dict[str, int]:
 
 @MEASURES
 @given(snapshots())
-def test_the_rest_fits_and_less_than_the_dearest_unit_is_left_free(measure: Measure, snapshot: Snapshot) -> None:
+def test_the_rest_fits_and_nothing_that_left_would_fit_beside_it(measure: Measure, snapshot: Snapshot) -> None:
     policy = Shrink(schedule=SCHEDULE, measure=measure)
     ranks, moves = kept(snapshot, policy), policy.decide(snapshot)
     used = sum(view.cost * ranks[name] for name, view in snapshot.layers.items())
     assert moves.budget == policy.allowed(snapshot.step, snapshot.budget)
     assert used <= moves.budget
-    if used < snapshot.parameters:
-        assert moves.budget - used < max(view.cost for view in snapshot.layers.values() if view.rank)
-    else:
-        assert not moves.keep
     assert all(ranks[name] < snapshot.layers[name].rank for name in moves.keep)
+    assert all(moves.budget - used < snapshot.layers[name].cost for name in moves.keep)
+    assert moves.keep or used == snapshot.parameters
 
 
 @MEASURES
 @given(snapshots())
-def test_the_kkt_gap_separates_what_is_kept_from_what_is_dropped(measure: Measure, snapshot: Snapshot) -> None:
+def test_what_is_worth_less_than_something_dropped_stays_only_where_that_does_not_fit(
+    measure: Measure, snapshot: Snapshot
+) -> None:
     policy = Shrink(schedule=SCHEDULE, measure=measure)
     ranks = kept(snapshot, policy)
-    directions = measure_directions(snapshot.layers, measure)
     staying, leaving = [], []
-    for name, view in snapshot.layers.items():
-        densities = [gain / view.cost for gain in directions[name].gains]
-        staying += densities[: ranks[name]]
-        leaving += densities[ranks[name] :]
-    gap = policy.decide(snapshot).kkt_gap
-    if not staying or not leaving:
-        assert gap is None
+    for name, each in measure_directions(snapshot.layers, measure).items():
+        cost = snapshot.layers[name].cost
+        units = [(gain / cost, cost) for gain in each.gains]
+        staying += units[: ranks[name]]
+        leaving += units[ranks[name] :]
+    assert all(cost < dropped for worth, cost in staying for lost, dropped in leaving if worth < lost)
+    gap, most = policy.decide(snapshot).kkt_gap, max(leaving, default=(0, 0))[0]
+    above = [worth for worth, _ in staying if worth >= most]
+    if leaving and above:
+        assert gap == min(above) - most
     else:
-        assert gap == min(staying) - max(leaving)
-        assert gap >= 0
+        assert gap is None
+
+
+@pytest.mark.parametrize(("budget", "stay"), [(22, 3), (18, 2), (17, 1), (14, 1)])
+def test_where_the_last_to_leave_is_dear_the_best_that_fits_stays_in_its_place(budget: int, stay: int) -> None:
+    def view(cost: int, *densities: float) -> LayerView:
+        eye = torch.eye(len(densities), dtype=torch.float64)
+        sigma = tensor([(2 * cost * each) ** 0.5 for each in densities])
+        return LayerView(lora_A=eye, lora_B=eye, lora_E=sigma, cost=cost, cap=3)
+
+    layers = {"cheap": view(4, 5, 2, 1), "dear": view(10, 4, 3)}
+    moves = Shrink(schedule=SCHEDULE).decide(Snapshot(step=14, layers=layers, budget=budget, seed=0))
+    assert moves.keep == {"dear": (0,)} | ({} if stay == 3 else {"cheap": tuple(range(stay))})
+    assert moves.kkt_gap == pytest.approx(4 - 3)
 
 
 @MEASURES

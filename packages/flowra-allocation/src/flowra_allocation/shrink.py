@@ -6,8 +6,9 @@ The parameters allowed after step t fall from κP at the start to P at the freez
 
 and at each event the directions with the smallest gain per parameter leave until the rest fits. Gains within a module
 fall, so dropping from the tail of each module loses the least for what is freed, up to less than one unit: the KKT gap
-says by how much the worst direction that might have left beats the best one dropped. No module falls below its floor,
-and nothing comes back, so parameters never rise.
+says by how much the worst direction that might have left beats the best one dropped. Where units are not equally dear,
+the last one to leave may free more than was asked for; of what would leave, the best per parameter that still fits then
+stays. No module falls below its floor, and nothing comes back later, so parameters never rise.
 
 Gains are those of :mod:`flowra_allocation.directions`, measured anew at each event: of the batches watched before it
 (``flow``), or of the update alone (``magnitude``). The final count is ≤ P; the peak is κP, and both are reported.
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from flowra_allocation.directions import best_of, densities, measure_directions
+from flowra_allocation.greedy import greedy
 from flowra_allocation.policy import Moves, Policy, Snapshot
 from flowra_allocation.schedule import RefinementSchedule
 from flowra_allocation.shedding import shed
@@ -99,9 +101,11 @@ class Shrink(Policy):
         costs = {name: view.cost for name, view in snapshot.layers.items()}
         floors = {name: view.floor for name, view in snapshot.layers.items()}
         allowed = self.allowed(snapshot.step, snapshot.budget)
-        shedding = shed({name: each.gains for name, each in directions.items()}, costs, budget=allowed, floors=floors)
+        gains = {name: each.gains for name, each in directions.items()}
+        shedding = shed(gains, costs, budget=allowed, floors=floors)
+        filled = greedy(gains, costs, allowed, floors=shedding.keep)
         return Moves(
-            keep=best_of(directions, shedding.keep, snapshot.layers),
+            keep=best_of(directions, filled.ranks, snapshot.layers),
             importance=densities(directions, snapshot.layers),
             budget=allowed,
             kkt_gap=shedding.kkt_gap,
