@@ -291,17 +291,16 @@ def _run_tasks(path: Path, overrides: list[str] | None, *, dry_run: bool, prefec
     content = read_content(path, overrides or [])
     config = load_composition(content)
     quiet()
+    from flowra_pipelines.composed_tasks import check_tasks, compose_tasks, run_task, show_composition
+
     if dry_run:
         from flowra_pipelines.dry_run import show_plan
 
         for each in config.tasks.values():
             show_plan(each.run)
+        check_tasks(config)
         return
-    from flowra_pipelines.composed_tasks import compose_tasks, run_task, show_composition
-    from flowra_pipelines.stages.setting import check_inputs
-
-    for each in config.tasks.values():
-        check_inputs(each.run)  # all of them, before the first is trained
+    check_tasks(config)
     again = ["flowra", "run", str(path), *(part for key in overrides or [] for part in ("--set", key))]
     try:
         if prefect:

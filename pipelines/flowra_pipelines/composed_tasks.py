@@ -20,20 +20,21 @@ from flowra_compose.interference_report import TaskScores
 from flowra_compose.recommendation import recommend
 from flowra_pipelines.composition import Merged, as_user_errors, check_provenance, compose, truncation_of
 from flowra_pipelines.composition_config import ComposedTask, CompositionConfig
+from flowra_pipelines.merge_budget import check_merge
 from flowra_pipelines.merge_rules import OPTIONS
 from flowra_pipelines.progress import console
 from flowra_pipelines.report_interference import write_interference_page
 from flowra_pipelines.same_budget import number_of_same
 from flowra_pipelines.stages.evaluate import score
 from flowra_pipelines.stages.record import STAGES, StageRecord, StageResult, code_hash, read_record, run_once
-from flowra_pipelines.stages.setting import base_model, check_inputs, load_setting
+from flowra_pipelines.stages.setting import base_model, check_inputs, load_setting, survey
 from flowra_pipelines.stages.table import run_tracked
 from flowra_pipelines.statistics_files import read_task_statistics
 from flowra_pipelines.task_statistics import MeasureSettings, measure_run
 from flowra_pipelines.tasks import TASKS
 from flowra_pipelines.tracking import Tracker
 
-__all__ = ["compose_tasks", "composition_as_markdown", "run_task", "show_composition"]
+__all__ = ["check_tasks", "compose_tasks", "composition_as_markdown", "run_task", "show_composition"]
 
 METRICS = "metrics.json"
 
@@ -53,6 +54,21 @@ def run_task(config: CompositionConfig, name: str, tracker: Tracker, *, force: b
     with Tracker(run, under=tracker.parent_run_id) as own:
         for stage in STAGES:
             run_tracked(stage, run, own, force=force)
+
+
+def check_tasks(config: CompositionConfig) -> None:
+    """Look at what every task and their merge are asked for, before the first is trained.
+
+    Raises:
+        UserError: for what the user can put right.
+    """
+    for each in config.tasks.values():
+        check_inputs(each.run)
+    if config.merge.budget is not None:
+        first = next(iter(config.tasks.values())).run
+        setting = load_setting(first)
+        layers = survey(first, base_model(first, setting), setting.task)
+        check_merge(config.merge.budget, (), layers.shapes, base_parameters=layers.base_parameters)
 
 
 def compose_tasks(

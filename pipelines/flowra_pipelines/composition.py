@@ -7,7 +7,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flowra_allocation import parse_budget
 from flowra_compose import (
     RULES,
     AdapterState,
@@ -18,16 +17,16 @@ from flowra_compose import (
     merge_folders,
     read_adapter,
 )
+from flowra_compose.folders import MergedFolder
 from flowra_compose.interference import InterferenceMeter
+from flowra_compose.interference_files import write_interference
 from flowra_compose.interference_report import InterferenceReport
 from flowra_compose.module_updates import Weight, modules_of, takes_part, updated_modules
 from flowra_compose.recommendation import recommend
 from flowra_pipelines.errors import UserError
-from flowra_pipelines.export import adapter_folder
+from flowra_pipelines.merge_budget import merged_parameters
 from flowra_pipelines.merge_rules import DATA_FREE_RULES
-from flowra_pipelines.module_names import modules_called
 from flowra_pipelines.progress import meter
-from flowra_pipelines.same_budget import parameters_of
 from flowra_pipelines.statistics_files import TaskStatistics
 from flowra_pipelines.task_statistics import adapter_hash
 
@@ -37,7 +36,6 @@ __all__ = [
     "check_provenance",
     "compose",
     "default_rule",
-    "merged_parameters",
     "task_names",
     "truncation_of",
 ]
@@ -107,43 +105,6 @@ def default_rule(*, statistics: bool) -> tuple[str, str]:
     return free, "the default without statistics; with them (--statistics, --data) it would be flow"
 
 
-def merged_parameters(budget: str | int, inputs: Sequence[AdapterState], *, base_parameters: int | None = None) -> int:
-    """Turn a budget into parameters of the merged adapter.
-
-    Args:
-        budget: as of a run; ``like PATH`` is what the adapter there has.
-        inputs: the adapters, whose modules a budget like ``like r=8 on q,v`` may name.
-        base_parameters: of the base, for a percentage.
-
-    Returns:
-        Parameters ≥ 1.
-
-    Raises:
-        UserError: if it is no budget.
-    """
-    shapes = {name: one.updates[name].shape for one in inputs for name in one.updates}
-    text = str(budget).strip()
-    if text.startswith("like ") and "=" not in text:
-        text = f"same as {text.removeprefix('like ').strip()}"
-    if text.endswith("%") and base_parameters is None:
-        raise UserError(f"budget must be a number of parameters where no base is given, got {budget!r}. Give --base.")
-    try:
-        return parse_budget(
-            text,
-            base_parameters=base_parameters or 1,
-            unit_cost=lambda names: sum(sum(shapes[name]) for name in modules_called(shapes, names, "budget")),
-            parameters_of=_parameters_at,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def _parameters_at(path: str) -> int:
-    """Count the parameters of the adapter, run or plan at a path; heads are not counted."""
-    source = Path(path).expanduser()
-    return parameters_of(source if source.name == "plan.json" else adapter_folder(source))
-
-
 def task_names(sources: Sequence[Path]) -> tuple[str, ...]:
     """Name tasks by their folders, with more of the path where names are the same."""
     paths = [source.resolve().parts for source in sources]
@@ -168,6 +129,7 @@ def compose(
     heads_from: int | None = None,
     base: Callable[[str], Tensor] | None = None,
     base_name: str | None = None,
+    keep_report: bool = False,
 ) -> Merged:
     """Merge adapters into a folder, and look at what it cost.
 
@@ -184,6 +146,7 @@ def compose(
         heads_from: index of the adapter whose heads are kept.
         base: gives a parameter of the base by its name, for adapters that mean something only beside it.
         base_name: of the base, where the adapters call it by different names.
+        keep_report: whether to write ``interference.json`` beside the adapter, both or none.
 
     Returns:
         The result.
@@ -195,6 +158,25 @@ def compose(
     updates = [one.updates for one in inputs]
     total = len(updated_modules(updates, weights))
     part = [index for index, weight in enumerate(weights) if takes_part(weight)]
+    reports: list[InterferenceReport] = []
+
+    def look(state: MergedFolder, folder: Path) -> None:
+        cost = InterferenceMeter(
+            tasks=tuple(names[index] for index in part), weights=tuple(weights[index] for index in part)
+        )
+        with meter("merge: what it cost", total) as progress:
+            for module in modules_of(updates, weights, statistics or None):
+                cost.add(module, state.updates.get(module.name))
+                progress.advance()
+        report = cost.report()
+        modules = {
+            name: replace(each, truncation_loss=state.relative_losses.get(name))
+            for name, each in report.modules.items()
+        }
+        reports.append(replace(report, modules=modules, settings=_settings(rule, options, truncation)))
+        if keep_report:
+            write_interference(reports[0], folder)
+
     with meter(f"merge: {rule}", total) as progress:
         state = merge_folders(
             folders,
@@ -208,28 +190,16 @@ def compose(
             base=base,
             base_model_name_or_path=base_name,
             on_module=lambda *_: progress.advance(),
+            beside=look,
         )
-    cost = InterferenceMeter(
-        tasks=tuple(names[index] for index in part), weights=tuple(weights[index] for index in part)
-    )
-    with meter("merge: what it cost", total) as progress:
-        for module in modules_of(updates, weights, statistics or None):
-            cost.add(module, state.updates.get(module.name))
-            progress.advance()
-    parameters = {name: _count(one) for name, one in zip(names, updates, strict=True)}
-    report = cost.report()
-    modules = {
-        name: replace(each, truncation_loss=state.relative_losses.get(name)) for name, each in report.modules.items()
-    }
-    report = replace(report, modules=modules, settings=_settings(rule, options, truncation))
     return Merged(
         path=out,
         rule=rule,
         why=why,
         state=state,
         weights={names[index]: weights[index] for index in part},
-        parameters=parameters,
-        report=report,
+        parameters={name: _count(one) for name, one in zip(names, updates, strict=True)},
+        report=reports[0],
     )
 
 
@@ -254,8 +224,9 @@ def truncation_of(
         return None
     if budget is None:
         return Truncation(rank=rank, energy=energy)
+    shapes = {name: one.updates[name].shape for one in inputs for name in one.updates}
     return Truncation(
-        rank=rank, energy=energy, parameters=merged_parameters(budget, inputs, base_parameters=base_parameters)
+        rank=rank, energy=energy, parameters=merged_parameters(budget, shapes, base_parameters=base_parameters)
     )
 
 

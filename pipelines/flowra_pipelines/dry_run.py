@@ -1,6 +1,7 @@
 """What a run would do, without training."""
 
 from flowra_allocation import mean_rank
+from flowra_pipelines.merge_budget import check_merge
 from flowra_pipelines.progress import console
 from flowra_pipelines.run_config import RunConfig
 from flowra_pipelines.stages.setting import base_model, load_setting, probe_rank, survey
@@ -13,6 +14,7 @@ def show_plan(config: RunConfig) -> None:
     setting = load_setting(config)
     model = base_model(config, setting)
     layers = survey(config, model, setting.task)
+    check_merge(config.merge.budget, config.merge.extra, layers.shapes, base_parameters=layers.base_parameters)
     average = mean_rank(layers.costs, layers.budget)
     probe = probe_rank(config, layers.costs, layers.budget)
     needed = config.training.steps * config.training.batch_size * config.training.gradient_accumulation

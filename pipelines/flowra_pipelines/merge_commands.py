@@ -73,6 +73,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Inputs at a time while they
 
 
 def merge(
+    context: typer.Context,
     sources: Sources,
     out: Annotated[
         Path, typer.Option(metavar="FOLDER", help="Folder to write; not for the stage.", rich_help_panel="Result")
@@ -168,6 +169,7 @@ def merge(
     force: Annotated[bool, typer.Option("--force", help="Of the stage: run even if it is up to date.")] = False,
 ) -> None:
     """See ``MERGE``."""
+    given = _given(context)
     configs = [source for source in sources if source.suffix in (".yaml", ".yml")]
     if configs:
         if len(sources) > 1:
@@ -175,12 +177,21 @@ def merge(
                 f"a YAML file must stand alone, for the stage merge of its run, got {len(sources)} arguments. Give"
                 f" folders of adapters, such as the run's own."
             )
+        stray = [option for name, option in given.items() if name not in ("sources", "overrides", "force")]
+        if stray:
+            raise UserError(
+                f"{stray[0]} must be left out with a YAML file, whose section merge says how. Change a key with --set,"
+                " such as --set merge.rule=cat."
+            )
         run_one_stage("merge", configs[0], overrides or [], force)
         return
     if overrides or force:
         raise UserError(
             "--set and --force must be left out with adapters: they are the stage's, whose argument is YAML"
         )
+    idle = [option for name, option in given.items() if name in ("examples", "batch_size") and not data]
+    if idle:
+        raise UserError(f"{idle[0]} must be left out without --data: nothing is measured")
     quiet()
     from flowra_pipelines.merge_job import MergeJob
     from flowra_pipelines.merge_shown import show_merge
@@ -242,6 +253,15 @@ def statistics(
 
     settings = MeasureSettings(examples=examples, batch_size=batch_size, seed=seed, fisher=fisher)
     show_statistics(adapter, out, data=data, others=others or [], base=base, settings=settings)
+
+
+def _given(context: typer.Context) -> dict[str, str]:
+    """Return the parameters that stand on the command line, with what they are called there."""
+    named = {each.name: each.opts[0] for each in context.command.params if each.name}
+    sources = {name: context.get_parameter_source(name) for name in named}
+    return {
+        name: named[name] for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"
+    }
 
 
 def _learn(weights: str | None, steps: int | None) -> "LearnWeights | None":

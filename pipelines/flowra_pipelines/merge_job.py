@@ -16,6 +16,7 @@ from flowra_compose import (
     base_weights,
     read_adapter,
 )
+from flowra_compose.interference_files import INTERFERENCE_NAME
 from flowra_compose.merging import check_rule
 from flowra_compose.module_updates import Weight
 from flowra_pipelines.composition import (
@@ -33,12 +34,13 @@ from flowra_pipelines.learned_weights import LearnWeights, learned_weights
 from flowra_pipelines.sources import resolve
 from flowra_pipelines.statistics_files import read_task_statistics
 from flowra_pipelines.task_statistics import MeasureSettings, data_source, measure_adapter
+from flowra_pipelines.tied_weights import tied_to
 
 __all__ = ["MergeJob", "check_out", "reader_of", "run_merge"]
 
 SUMS = ("task_arithmetic", "cat", "truncated_svd")
 """Rules for learned weights, which are those of a sum. The first is the default."""
-OURS = ("adapter_config.json", "adapter_model.safetensors", "README.md", "interference.json")
+OURS = ("adapter_config.json", "adapter_model.safetensors", INTERFERENCE_NAME)
 """What an earlier merge may have left in its folder."""
 
 
@@ -90,6 +92,7 @@ def run_merge(job: MergeJob) -> Merged:
     """
     folders, names = [adapter_folder(source) for source in job.sources], task_names(job.sources)
     check_out(job.out, folders, OURS)
+    _check_earlier(job.out)
     for what, given in (("statistics", job.statistics), ("data", job.data)):
         if given and len(given) != len(folders):
             raise UserError(f"{what} must be one for each adapter, in their order, got {len(given)} for {len(folders)}")
@@ -152,6 +155,7 @@ def run_merge(job: MergeJob) -> Merged:
             heads_from=None if job.heads_from is None else _index_of(job.heads_from, job.sources),
             base=base,
             base_name=job.base if len(named) > 1 else None,
+            keep_report=True,
         )
 
 
@@ -190,8 +194,10 @@ def reader_of(name: str | None, folders: Sequence[Path]) -> Callable[[str], Tens
         weights = opened[0]
         inside = wanted.partition(".")[2]  # a base that was saved without a head lacks the name of the whole
         known = next((each for each in (wanted, inside) if each in weights), None)
+        if known is None and (tied := tied_to(path, wanted)) is not None:
+            known = next((each for each in (tied, tied.partition(".")[2]) if each in weights), None)
         if known is None:
-            raise ValueError(f"base must hold {wanted!r}, got {path} without it. Give --base.")
+            raise ValueError(f"base must hold {wanted!r}, got {path} without it. Is it the base that was adapted?")
         return weights[known]
 
     return parameter
@@ -223,6 +229,16 @@ def check_out(out: Path, folders: Sequence[Path], ours: Sequence[str]) -> None:
     others = sorted(each.name for each in out.iterdir() if each.name not in ours) if out.is_dir() else []
     if others:
         raise UserError(f"out must be a new folder or an earlier result, got {out} with {others[0]}. Give --out.")
+
+
+def _check_earlier(out: Path) -> None:
+    """Refuse a folder with an adapter that no merge has left there: it would be written over."""
+    under_way = out.with_name(f"{out.name}.partial")
+    if (out / OURS[0]).exists() and not (out / INTERFERENCE_NAME).exists() and not under_way.exists():
+        raise UserError(
+            f"out must be a new folder or an earlier result, got {out} with an adapter of another origin (no"
+            f" {INTERFERENCE_NAME} beside it). Give --out."
+        )
 
 
 def _options(job: MergeJob, rule: str) -> tuple[MergeOptions, int]:

@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from flowra_compose import read_adapter
-from flowra_compose.interference_files import write_interference
 from flowra_compose.module_updates import Weight
 from flowra_compose.recommendation import Recommendation, recommend
 from flowra_pipelines.composition import Merged, as_user_errors
@@ -31,7 +30,7 @@ SHOWN = 5
 
 
 def show_merge(job: MergeJob, *, report: Path | None, as_json: bool) -> None:
-    """Merge, write ``interference.json`` beside the result and a page if wanted, and print what came out.
+    """Merge, write a page if wanted, and print what came out.
 
     Raises:
         UserError: for what the user can put right.
@@ -39,7 +38,6 @@ def show_merge(job: MergeJob, *, report: Path | None, as_json: bool) -> None:
     if report is not None and report.suffix != ".html":
         raise UserError(f"report must be a path that ends in .html, got {report}")
     done = run_merge(job)
-    write_interference(done.report, done.path)
     if report is not None:
         from flowra_pipelines.report_interference import write_interference_page
 

@@ -249,7 +249,10 @@ def measure_task_statistics(
         if name == layer:
             found[name] = ModuleStatistics(inputs=inputs, outputs=outputs, fisher=diagonals.get(layer))
         else:
-            found[name] = ModuleStatistics(inputs=inputs.new_ones(1, 1), outputs=outputs)
+            fisher_of_bias = None
+            if settings.fisher:  # of a bias it is the diagonal of S, tokens of an example taken to be independent
+                fisher_of_bias = (outputs if outputs.ndim == 1 else outputs.diagonal())[:, None].float().clone()
+            found[name] = ModuleStatistics(inputs=inputs.new_ones(1, 1), outputs=outputs, fisher=fisher_of_bias)
     return found
 
 

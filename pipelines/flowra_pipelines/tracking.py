@@ -4,6 +4,7 @@ MLflow's active run belongs to a thread, and tasks may run in others; so nothing
 """
 
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -109,7 +110,7 @@ class Tracker:
             try:
                 self._log_parameters(run_id, {key: str(value) for key, value in result.parameters.items()})
                 now = int(1000 * time.time())
-                metrics = [Metric(key, value, now, step) for key, value, step in result.metrics]
+                metrics = [Metric(_named(key), value, now, step) for key, value, step in result.metrics]
                 for start in range(0, len(metrics), 1000):
                     self._client.log_batch(run_id, metrics=metrics[start : start + 1000])
                 for path in sorted(folder.iterdir()):
@@ -152,6 +153,11 @@ class Tracker:
         from mlflow.entities import Param
 
         self._client.log_batch(run_id, params=[Param(key, value[:MAX_PARAMETER]) for key, value in values.items()])
+
+
+def _named(metric: str) -> str:
+    """Return a name that MLflow takes: tasks are called after folders, which may hold anything."""
+    return re.sub(r"[^\w.\- :/]", "_", metric, flags=re.ASCII)
 
 
 def _flat(values: dict[str, object], prefix: str = "") -> dict[str, str]:

@@ -25,6 +25,7 @@ from flowra_compose import (
     write_adapter,
 )
 from flowra_compose.fingerprints import fingerprint
+from flowra_compose.folders import MergedFolder
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 WEIGHTS = [0.7, -1.3]
@@ -95,6 +96,42 @@ def test_progress_is_told_for_every_module(folders: list[Path], tmp_path: Path) 
     told = []
     merge_folders(folders, WEIGHTS, tmp_path / "out", on_module=lambda *each: told.append(each))
     assert told == [(name, done, 4) for done, name in enumerate(sorted(RANKS), 1)]
+
+
+def test_what_is_written_beside_is_there_with_the_adapter_or_neither(folders: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def beside(merged: MergedFolder, folder: Path) -> None:
+        assert set(merged.updates) == set(RANKS)
+        assert merged.updates["a.fc"].delta_weight().isfinite().all()
+        assert not out.exists()
+        (folder / "note.txt").write_text("first")
+
+    def refuse(merged: MergedFolder, folder: Path) -> None:
+        (folder / "note.txt").write_text("second")
+        raise ValueError("no")
+
+    merge_folders(folders, WEIGHTS, out, beside=beside)
+    first = content(out)
+    assert first.pop("note.txt") == b"first"
+    merge_folders(folders, WEIGHTS, tmp_path / "straight")
+    assert first == content(tmp_path / "straight")
+    with pytest.raises(ValueError, match="no"):
+        merge_folders(folders, [1, 1], out, beside=refuse)
+    assert content(out) == {**first, "note.txt": b"first"}
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_what_a_killed_process_left_beside_the_adapter_is_not_moved(folders: list[Path], tmp_path: Path) -> None:
+    def stop(merged: MergedFolder, folder: Path) -> None:
+        (folder / "half.txt").write_text("half")
+        raise Stop
+
+    with pytest.raises(Stop):
+        merge_folders(folders, WEIGHTS, tmp_path / "out", beside=stop)
+    merge_folders(folders, WEIGHTS, tmp_path / "out")
+    merge_folders(folders, WEIGHTS, tmp_path / "straight")
+    assert content(tmp_path / "out") == content(tmp_path / "straight")
 
 
 # a merge that is stopped

@@ -258,9 +258,10 @@ def zoo_updates(seed: int) -> dict[str, LowRankUpdate]:
     }
 
 
-def test_the_merged_model_is_the_model_with_the_updates_added_in_every_layout() -> None:
+@pytest.mark.parametrize("noted", [True, False])
+def test_the_merged_model_is_the_model_with_the_updates_added_in_every_layout(noted: bool) -> None:
     model, updates = Zoo().eval(), [zoo_updates(1), zoo_updates(2)]
-    merged = MergedModel(model, updates, fan_in_fan_out=True)
+    merged = MergedModel(model, updates, fan_in_fan_out=noted)
     coefficients = torch.rand(2, len(merged.names), generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     expected = copy.deepcopy(model)
     for column, name in enumerate(merged.names):

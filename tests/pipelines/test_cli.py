@@ -72,6 +72,9 @@ def test_a_typing_error_is_one_line_and_exit_code_2(config_file: Path) -> None:
         ("adapter.targets=[qurey]", "patterns must match at least one module, got 'qurey'. Nearest names: query"),
         ("data.label=stars", "column must be one of ['category', 'text'], got 'stars'"),
         ("budget=5", "budget must pay for at least one unit of rank, 64 parameters here, got 5"),
+        ("merge={rule: truncated_svd, budget: much}", "budget must be like"),
+        ("merge={rule: truncated_svd, budget: 0}", "budget must be"),
+        ("merge={rule: orth, extra: [{path: /nowhere/at/all}]}", "adapter must be a folder with"),
     ],
 )
 def test_a_mistake_found_in_a_stage_is_one_line_without_a_traceback(
@@ -98,6 +101,11 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(
     _, shown, _ = here("run", str(config_file), "--dry-run", "--set", "allocation.plan=mlp")
     assert "plan: mlp, which looks at no data" in shown
     assert "at most rank" not in shown
+    code, _, complaint = here(
+        "run", str(config_file), "--dry-run", "--set", "merge={rule: truncated_svd, budget: much}"
+    )
+    assert code == 2
+    assert "budget must be like" in complaint
     assert not (config_file.parent / "runs").exists()
 
 

@@ -106,6 +106,15 @@ def test_a_mistake_is_one_line_that_says_of_which_task(overrides: list[str], mes
     assert "\n" not in str(caught.value)
 
 
+def test_what_the_merge_is_asked_for_is_looked_at_before_a_task_is_trained(tmp_path: Path) -> None:
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(tiny_tasks(tmp_path)))
+    for more in ((), ("--dry-run",)):
+        done = run_flowra(tmp_path, "tasks.yaml", "--no-prefect", "--set", "merge.budget=much", *more)
+        assert done.returncode == 2
+        assert "budget must be like" in done.stderr
+        assert not (tmp_path / "runs").exists()
+
+
 def test_a_file_with_tasks_is_told_from_a_run(tmp_path: Path) -> None:
     for name, content in (("tasks", MINIMAL), ("run", {"name": "one"})):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(content))

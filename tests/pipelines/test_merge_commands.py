@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from flowra_adapters import attach, save_adapter
 from flowra_compose import RULES, read_adapter
@@ -277,6 +278,80 @@ def test_an_earlier_result_is_replaced_and_anything_else_is_left(tasks: Path, tm
     assert "which is an input" in refused(here(*arguments, "--out", tasks / "a"))
 
 
+def test_an_adapter_that_no_merge_has_written_is_not_written_over(tasks: Path, tmp_path: Path, here: Here) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(tasks / "b", mine)
+    before = {each.name: each.read_bytes() for each in mine.iterdir()}
+    command = ("merge", tasks / "a", tasks / "c", "--method", "cat", "--heads-from", tasks / "a", "--out", mine)
+    said = refused(here(*command))
+    assert "out must be a new folder or an earlier result" in said
+    assert before == {each.name: each.read_bytes() for each in mine.iterdir()}
+
+
+@pytest.fixture
+def biased(tasks: Path, tmp_path: Path) -> Path:
+    """PEFT's LoRA on the queries, which moves their biases, too."""
+    base = AutoModelForSequenceClassification.from_pretrained(tasks / "bert", num_labels=2)
+    config = LoraConfig(r=2, lora_bias=True, target_modules=["query"], task_type="SEQ_CLS")
+    model = get_peft_model(base, config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT takes its own biases for incomplete tensors
+        model.save_pretrained(tmp_path / "biased")
+    return tmp_path / "biased"
+
+
+def test_biases_that_only_some_modules_have_are_counted_there_alone(
+    biased: Path, tasks: Path, tmp_path: Path, here: Here
+) -> None:
+    command = ("merge", biased, tasks / "b", "--method", "cat", "--heads-from", tasks / "b", "--base", tasks / "bert")
+    code, shown, complaint = here(*command, "--out", tmp_path / "out", "--json")
+    assert code == 0, complaint
+    content = json.loads(shown[shown.index("{") :])
+    merged = {name for folder in (biased, tasks / "b") for name in read_adapter(folder).updates}
+    assert set(content["modules"]) == merged
+    assert f"{QUERY}.bias" in merged
+    assert f"{DENSE}.bias" not in merged
+    assert content["parameters"] == sum(each["parameters"] for each in content["modules"].values())
+    limited = (*command, "--out", tmp_path / "limited", "--budget", 300, "--json")
+    code, shown, complaint = here(*limited)
+    assert code == 0, complaint
+    assert json.loads(shown[shown.index("{") :])["parameters"] <= 300
+
+
+def test_the_rule_fisher_merges_trained_biases(biased: Path, tasks: Path, tmp_path: Path, here: Here) -> None:
+    data = [part for _ in range(2) for part in ("--data", tasks / "reviews.csv")]
+    command = ("merge", biased, tasks / "b", "--method", "fisher", *data, "--examples", 8, "--heads-from", tasks / "b")
+    code, _, complaint = here(*command, "--base", tasks / "bert", "--out", tmp_path / "out")
+    assert code == 0, complaint
+    assert read_adapter(tmp_path / "out").updates[f"{QUERY}.bias"].delta_weight().abs().max() > 0
+
+
+def test_an_adapted_output_layer_finds_its_weight_under_the_name_it_is_tied_to(tmp_path: Path, here: Here) -> None:
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=31, n_positions=16))
+    base.save_pretrained(tmp_path / "base")
+    for name in ("a", "b"):
+        model = GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+        wanted = LoraConfig(r=2, target_modules=["attn.c_attn", "lm_head"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is tied, and that the output layer is no Conv1D
+            adapted = get_peft_model(model, wanted)
+            with torch.no_grad():
+                for parameter in adapted.parameters():
+                    if parameter.requires_grad:
+                        parameter += 0.1 * torch.randn(parameter.shape)
+            adapted.save_pretrained(tmp_path / name, save_embedding_layers=True)
+    command = ("merge", tmp_path / "a", tmp_path / "b", "--method", "cat", "--base", tmp_path / "base")
+    code, _, complaint = here(*command, "--out", tmp_path / "out")
+    assert code == 0, complaint
+    assert set(read_adapter(tmp_path / "out").updates) == {"transformer.h.0.attn.c_attn", "lm_head"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -308,7 +383,13 @@ def test_an_earlier_result_is_replaced_and_anything_else_is_left(tasks: Path, tm
         (["{a}", "nowhere"], "adapter must be a folder with"),
         (["{a}", "{b}", "--set", "seed=1"], "--set and --force must be left out with adapters"),
         (["{a}", "run.yaml"], "a YAML file must stand alone, for the stage merge of its run, got 2 arguments"),
-        (["run.yaml"], "configuration must be a readable file, got run.yaml"),
+        (
+            ["run.yaml"],
+            "--out must be left out with a YAML file, whose section merge says how. Change a key with --set",
+        ),
+        (["{a}", "{b}", "--method", "cat", "--examples", "9"], "--examples must be left out without --data"),
+        (["{a}", "{b}", "--method", "cat", "--batch-size", "9"], "--batch-size must be left out without --data"),
+        (["{a}", "{b}", "--method", "cat", "--budget", "0"], "budget must be"),
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], message: str, tasks: Path, tmp_path: Path, here: Here) -> None:

@@ -138,6 +138,19 @@ def test_a_bias_has_the_outputs_of_its_layer_and_modules_that_cannot_be_measured
     assert set(known) == {QUERY, f"{QUERY}.bias"}
     assert torch.equal(known[f"{QUERY}.bias"].outputs, known[QUERY].outputs)  # type: ignore[arg-type]
     assert torch.equal(known[f"{QUERY}.bias"].inputs, torch.ones(1, 1))  # type: ignore[arg-type]
+    assert known[f"{QUERY}.bias"].fisher is None
+
+
+def test_the_fisher_of_a_bias_is_the_diagonal_of_what_is_known_of_its_layer_s_outputs(
+    task: Path, tmp_path: Path
+) -> None:
+    settings = MeasureSettings(examples=8, fisher=True)
+    data, names = data_source(str(task / "reviews.csv")), [QUERY, f"{QUERY}.bias"]
+    measure_adapter(task / "a", data, tmp_path / "known", names=names, settings=settings)
+    known = read_task_statistics(tmp_path / "known")[f"{QUERY}.bias"]
+    assert known.fisher is not None
+    assert known.outputs is not None
+    torch.testing.assert_close(known.fisher, known.outputs.diagonal()[:, None].float())
 
 
 def test_queries_keys_and_values_share_one_matrix_of_inputs_in_the_file(task: Path, tmp_path: Path) -> None:

@@ -69,13 +69,11 @@ def composition(
 
     content = read_content(config, overrides)
     settings = load_composition(content)
-    from flowra_pipelines.composed_tasks import composition_as_markdown
-    from flowra_pipelines.stages.setting import check_inputs
+    from flowra_pipelines.composed_tasks import check_tasks, composition_as_markdown
     from flowra_pipelines.tracking import Tracker
 
     try:
-        for each in settings.tasks.values():
-            check_inputs(each.run)  # all of them, before the first is trained
+        check_tasks(settings)
         with Tracker(settings) as tracker:
             _train(settings, content, tracker.parent_run_id, force)
             done = compose_task(content, tracker.parent_run_id, force)

@@ -92,8 +92,11 @@ def check_inputs(config: RunConfig) -> None:
     A run that has begun is not looked at again; its stages find what is wrong.
     """
     if not config.folder.exists():
+        from flowra_pipelines.merge_budget import check_merge
+
         setting = load_setting(config)
-        survey(config, base_model(config, setting), setting.task)
+        layers = survey(config, base_model(config, setting), setting.task)
+        check_merge(config.merge.budget, config.merge.extra, layers.shapes, base_parameters=layers.base_parameters)
 
 
 def base_model(config: RunConfig, setting: Setting) -> PreTrainedModel:

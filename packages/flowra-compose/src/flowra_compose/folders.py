@@ -1,6 +1,6 @@
 """Folders of adapters become one folder, one module at a time; a merge that was stopped goes on where it was."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -46,6 +46,7 @@ def merge_folders(
     base: Base | None = None,
     base_model_name_or_path: str | None = None,
     on_module: Callable[[str, int, int], None] | None = None,
+    beside: Callable[["MergedFolder", Path], None] | None = None,
 ) -> MergedFolder:
     """Merge adapters in PEFT's format into one, holding one module at a time. See :func:`merge_adapters`.
 
@@ -67,9 +68,11 @@ def merge_folders(
             :func:`write_adapter`.
         base_model_name_or_path: of the base, where the folders call the same one by different names.
         on_module: called with a module's name, the number of modules done and of all when one has been written.
+        beside: called once with what was merged and a folder, before the result is moved to ``out``. The files that it
+            writes there are moved with it: ``out`` never holds those of one merge beside the adapter of another.
 
     Returns:
-        What was written, with the loss of each truncation.
+        What was written, with the loss of each truncation; zeros that PEFT's form wants of other biases are left out.
 
     Raises:
         ValueError: if a folder is refused by :func:`read_adapter`, ``out`` is one of them, the adapters cannot be
@@ -108,15 +111,24 @@ def merge_folders(
             partial.add(name, update)
             if on_module is not None:
                 on_module(name, len(partial), len(names))
+        partial.clear_adapter()
         write_adapter(replace(frame, updates=partial), partial.adapter, base)
+        losses = partial.relative_losses
+        if beside is not None:
+            beside(_written(partial.adapter, base, names, losses), partial.adapter)
     except ValueError:
         partial.discard()
         raise
-    losses = partial.relative_losses
     partial.finish()
-    written = read_adapter(out, base)
+    return _written(out, base, names, losses)
+
+
+def _written(folder: Path, base: Base | None, names: Collection[str], losses: Mapping[str, float]) -> MergedFolder:
+    """Open a merged adapter; of its updates those that were merged."""
+    written = read_adapter(folder, base)
+    assert isinstance(written.updates, FileUpdates)
     return MergedFolder(
-        updates=written.updates,
+        updates=written.updates.only(names),
         modules_to_save=written.modules_to_save,
         trained_modules=written.trained_modules,
         base_model_name_or_path=written.base_model_name_or_path,

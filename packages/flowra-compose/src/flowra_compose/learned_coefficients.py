@@ -211,7 +211,8 @@ class _Place:
         named = dict(model.named_parameters(remove_duplicate=False))
         parameter = named.get(key)
         owner = model.get_submodule(key.rpartition(".")[0]) if parameter is not None else None
-        transposed = fan_in_fan_out and first.layout == "linear" and not isinstance(owner, nn.Linear)
+        may_be = fan_in_fan_out or type(owner).__name__ == "Conv1D"  # PEFT's note is false beside an nn.Linear
+        transposed = may_be and first.layout == "linear" and not isinstance(owner, nn.Linear)
         shape = first.parameter_shape[::-1] if transposed else first.parameter_shape
         if len(forms) > 1 or parameter is None or tuple(parameter.shape) != shape or not parameter.is_floating_point():
             got = "none" if parameter is None else f"{parameter.dtype} {tuple(parameter.shape)}"

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -113,7 +114,7 @@ def merged_frame(
 
 def _finite(weight: Weight) -> bool:
     numbers = weight.values() if isinstance(weight, Mapping) else [weight]
-    return all(isinstance(one, int | float) and math.isfinite(one) for one in numbers)
+    return all(isinstance(one, Real) and math.isfinite(one) for one in numbers)
 
 
 def _checked_outlines(

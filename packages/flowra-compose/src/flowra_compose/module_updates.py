@@ -121,8 +121,13 @@ def modules_of(
 
     Yields:
         Each module that a task updates with a weight that is not 0.
+
+    Raises:
+        ValueError: if statistics are not one for each task.
     """
     known = statistics or [{} for _ in updates]
+    if len(known) != len(updates):
+        raise ValueError(f"statistics must be one mapping for each adapter, got {len(known)} for {len(updates)}")
     tasks = [task for task in zip(weights, updates, known, strict=True) if takes_part(task[0])]
     for name in updated_modules(updates, weights):
         if name in done:

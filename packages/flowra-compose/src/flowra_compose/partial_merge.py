@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flowra_compose.lazy_updates import LazyUpdates
 from flowra_compose.low_rank import Layout, LowRankUpdate
-from flowra_compose.peft_files import CONFIG_NAME, TENSORS_NAME
+from flowra_compose.peft_files import CONFIG_NAME
 from flowra_compose.truncation import TruncatedUpdate
 from flowra_compose.whole_tensors import TensorFile, write_tensors
 
@@ -90,14 +90,18 @@ class PartialMerge(LazyUpdates):
         """Where to write the whole adapter before :meth:`finish`."""
         return self._folder / ADAPTER
 
+    def clear_adapter(self) -> None:
+        """Remove what a killed process has left where the whole adapter is written."""
+        shutil.rmtree(self.adapter, ignore_errors=True)
+
     def finish(self) -> None:
-        """Move the whole adapter to the target, and remove the rest.
+        """Move the whole adapter, and what lies beside it, to the target, and remove the rest.
 
         The configuration comes last: without it a folder is no adapter.
         """
         self._target.mkdir(parents=True, exist_ok=True)
         (self._target / CONFIG_NAME).unlink(missing_ok=True)
-        for name in (TENSORS_NAME, CONFIG_NAME):
+        for name in sorted((each.name for each in self.adapter.iterdir()), key=lambda each: each == CONFIG_NAME):
             os.replace(self.adapter / name, self._target / name)
         self.discard()
 

@@ -5,7 +5,7 @@ file's header; the values of a module are read when it is asked for, and checked
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,8 @@ def read_adapter(folder: str | Path, base: Base | None = None) -> AdapterState:
         base: the parameters of the model that was adapted, by name, from :func:`base_weights`, from a model's
             ``state_dict()``, or a function of the name. Needed for DoRA and trained biases, and where PEFT has saved
             the base's own weight of an adapted embedding beside its update. With ``fan_in_fan_out`` a square weight
-            counts as transposed.
+            counts as transposed. PEFT saves that flag as false where it adapts an ``nn.Linear`` beside ``Conv1D``s; the
+            square ``Conv1D`` weights of such a DoRA adapter cannot be told apart: give them transposed.
 
     Returns:
         Its values, tensors on the CPU in the dtype of the file; what depends on the base is in float32 at least.
@@ -81,6 +82,12 @@ class FileUpdates(LazyUpdates):
         self.outlines: Mapping[str, LowRankUpdate] = {
             name: self._made(name, file.outlines, outline=True) for name in sorted(recipes)
         }
+
+    def only(self, names: Collection[str]) -> "FileUpdates":
+        """Return those of some names."""
+        return FileUpdates(
+            self._file, {name: self._recipes[name] for name in self._recipes if name in names}, self._base
+        )
 
     @property
     def needed_of_base(self) -> list[str]:

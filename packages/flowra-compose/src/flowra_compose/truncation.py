@@ -71,7 +71,8 @@ class Truncation:
     """Share of the squared length of ΔW to keep at least, in (0, 1]; the smallest rank that does is taken. 1 keeps all
     of ΔW to rounding."""
     parameters: int | None = None
-    """Largest number of parameters ≥ 1 of all factors together: ranks are those that lose least in all. A module to
+    """Largest number of parameters ≥ 1 of all factors together: ranks are those that lose least in all. Zeros are not
+    counted, as those that PEFT's form wants of every adapted module where one has a bias. A module to
     which they give rank 0 is left out of the result: :func:`flowra_compose.budget_ranks` names them all."""
     metric: Literal["frobenius", "moments"] | None = None
     """``moments`` is the metric of C̄ and, where all tasks have them, S̄, each shrunk by 0.02 as for ``flow``;
