@@ -165,6 +165,10 @@ def merge(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.", rich_help_panel="Result")] = False,
+    track: Annotated[
+        bool,
+        typer.Option("--track", help="Log it to MLflow, in runs/mlflow.db: see flowra ui.", rich_help_panel="Result"),
+    ] = False,
     overrides: Overrides = None,
     force: Annotated[bool, typer.Option("--force", help="Of the stage: run even if it is up to date.")] = False,
 ) -> None:
@@ -218,7 +222,7 @@ def merge(
         examples=examples,
         batch_size=batch_size,
     )
-    show_merge(job, report=report, as_json=as_json)
+    show_merge(job, report=report, as_json=as_json, track=track)
 
 
 def statistics(

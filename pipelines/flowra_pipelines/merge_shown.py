@@ -29,8 +29,8 @@ BASIS = {"measured": "what was measured", "predicted": "the statistics", "geomet
 SHOWN = 5
 
 
-def show_merge(job: MergeJob, *, report: Path | None, as_json: bool) -> None:
-    """Merge, write a page if wanted, and print what came out.
+def show_merge(job: MergeJob, *, report: Path | None, as_json: bool, track: bool = False) -> None:
+    """Merge, write a page and log to MLflow if wanted, and print what came out.
 
     Raises:
         UserError: for what the user can put right.
@@ -42,6 +42,11 @@ def show_merge(job: MergeJob, *, report: Path | None, as_json: bool) -> None:
         from flowra_pipelines.report_interference import write_interference_page
 
         write_interference_page(done.report, report)
+    run = None
+    if track:
+        from flowra_pipelines.merge_tracking import track_merge
+
+        run = track_merge(job, done)
     advice = recommend(done.report)
     if as_json:
         sys.stdout.write(json.dumps(_content(done, advice, report), indent=2, allow_nan=False) + "\n")
@@ -62,6 +67,8 @@ def show_merge(job: MergeJob, *, report: Path | None, as_json: bool) -> None:
     if done.state.modules_to_save:
         console.print(f"Heads: {', '.join(done.state.trained_modules)}")
     console.print(f"Written: {done.path}" + (f", {report}" if report is not None else ""), markup=False)
+    if run is not None:
+        console.print(f"Logged: run {run}. Look at it with: flowra ui", markup=False)
 
 
 def show_statistics(

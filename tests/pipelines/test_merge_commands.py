@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from mlflow import MlflowClient
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -267,6 +268,27 @@ def test_a_report_is_a_page_and_json_is_for_programs(tasks: Path, tmp_path: Path
     assert all(each["rank"] <= 2 and 0 <= each["loss"] < 1 for each in content["modules"].values())
     assert content["recommendation"]["advice"] in ("merge", "fuse", "keep apart")
     assert "<html" in page.read_text()
+
+
+def test_a_merge_may_be_logged_to_mlflow(
+    tasks: Path, tmp_path: Path, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ("merge", tasks / "a", tasks / "c", "--method", "ties", "--rank", 2, "--heads-from", tasks / "a")
+    code, shown, complaint = here(*command, "--out", "out", "--track")
+    assert code == 0, complaint
+    (identity,) = [line.split()[2].rstrip(".") for line in shown.splitlines() if line.startswith("Logged: run")]
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
+    run = client.get_run(identity)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["rule"] == "ties"
+    assert run.data.params["rank"] == "2"
+    children = f"tags.mlflow.parentRunId = '{identity}'"
+    (child,) = client.search_runs([run.info.experiment_id], children)
+    assert {"interference/projection/a", "interference/projection/c", "merge/parameters"} <= child.data.metrics.keys()
+    assert child.data.tags["summary.recommendation"]
+    logged = {each.path for each in client.list_artifacts(child.info.run_id)}
+    assert {"interference.json", "interference.html", "plots"} <= logged
 
 
 def test_an_earlier_result_is_replaced_and_anything_else_is_left(tasks: Path, tmp_path: Path, here: Here) -> None:
