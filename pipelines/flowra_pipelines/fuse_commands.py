@@ -17,6 +17,8 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
+LARGEST_SEED = 2**63 - 1
+
 TRAIN = """Train gates: small maps that look at the text so far, and say at every token how much each adapter counts.
 
 Base and adapters stay as they are; ranks and layers of the adapters may differ. About 200 examples that need all of
@@ -150,7 +152,9 @@ def train(
     max_length: Annotated[
         int, typer.Option(min=2, help="Tokens of an example; longer ones are cut.", rich_help_panel="Training")
     ] = 512,
-    seed: Annotated[int, typer.Option(min=0, help="Of the order of examples.", rich_help_panel="Training")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Of the order of examples.", rich_help_panel="Training")
+    ] = 0,
 ) -> None:
     """See ``TRAIN``."""
     quiet()
@@ -220,7 +224,7 @@ def run(
     temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling; 0 takes the likeliest token.")] = 0.0,
     beams: Annotated[int, typer.Option(min=1, help="Of a beam search.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 8,
-    seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of sampling.")] = 0,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE.jsonl", help="Write lines with prompt and text there.", show_default=False),

@@ -11,6 +11,8 @@ from flowra_pipelines.task_statistics import data_source
 
 __all__ = ["read_examples"]
 
+DEFAULT_LABEL = "label"
+
 
 def read_examples(
     setting: FusedSetting,
@@ -38,6 +40,8 @@ def read_examples(
         UserError: if the data cannot be read, have other classes than the head, or nothing to predict.
     """
     kind = setting.task.label
+    if kind is None and (labels is not None or label != DEFAULT_LABEL):
+        raise UserError("label and labels must be left out with a language model, which predicts the text itself")
     given = data_source(data)
     held_out = {"test": validation} if isinstance(validation, str) else {"test": None, "test_fraction": validation}
     said: dict[str, Any] = {**given.model_dump(), **held_out, "label": label, "labels": labels}
@@ -48,8 +52,7 @@ def read_examples(
             f"labels must be the {outputs} classes of the head, got {', '.join(read.labels)}. Name them in the order of"
             " its outputs with --labels."
         )
-    limit = getattr(setting.model.config.get_text_config(), "max_position_embeddings", None)
-    length = min(max_length, limit or max_length)
+    length = min(max_length, setting.context or max_length)
     left_out = dict(read.left_out)
     parts = []
     for rows in (read.train, read.test):

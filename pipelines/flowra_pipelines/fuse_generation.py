@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig
 
 from flowra_compose.fusion import Routing, StaticWeights
@@ -36,6 +37,11 @@ class GenerationSettings:
     seed: int = 0
     """Of sampling."""
 
+    def __post_init__(self) -> None:
+        """Check the temperature: of a smaller one logits overflow."""
+        if self.temperature != 0 and not 0.01 <= self.temperature <= 100:
+            raise UserError(f"temperature must be 0, for the likeliest token, or 0.01 to 100, got {self.temperature}")
+
 
 def generate(setting: FusedSetting, prompts: Sequence[str], settings: GenerationSettings) -> list[str]:
     """Let a fused model go on from prompts.
@@ -61,7 +67,7 @@ def generate(setting: FusedSetting, prompts: Sequence[str], settings: Generation
         num_beams=settings.beams,
         do_sample=sampled,
         **({"temperature": settings.temperature, "top_k": 0, "top_p": 1.0} if sampled else {}),
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id if own is None or own.eos_token_id is None else own.eos_token_id,
     )
     device = next(setting.model.parameters()).device
@@ -70,16 +76,22 @@ def generate(setting: FusedSetting, prompts: Sequence[str], settings: Generation
         torch.manual_seed(settings.seed)
         for start in range(0, len(order), settings.batch_size):
             chosen = order[start : start + settings.batch_size]
-            batch = tokenizer.pad(
-                {"input_ids": [encoded[index] for index in chosen]}, padding_side="left", return_tensors="pt"
-            ).to(device)
-            written = model.generate(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=config
-            )
-            after = written[:, batch["input_ids"].shape[1] :]
+            ids, mask = _padded([encoded[index] for index in chosen], filler=config.pad_token_id)
+            written = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
+            after = written[:, ids.shape[1] :]
             found |= zip(chosen, tokenizer.batch_decode(after, skip_special_tokens=True), strict=True)
             progress.advance(len(chosen))
     return [found[index] for index in range(len(prompts))]
+
+
+def _padded(rows: Sequence[Sequence[int]], *, filler: int) -> tuple[Tensor, Tensor]:
+    """Pad rows of ids to the left, ``(rows, positions)``; the mask is 0 at padding."""
+    ids = torch.full((len(rows), max(map(len, rows))), filler)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, -len(row) :] = torch.tensor(row)
+        mask[index, -len(row) :] = 1
+    return ids, mask
 
 
 @contextmanager
@@ -113,7 +125,7 @@ def check_prompts(setting: FusedSetting, prompts: Sequence[str], new_tokens: int
     if empty:
         raise UserError(f"prompts must hold text, got an empty one, number {empty[0] + 1} of {len(prompts)}")
     encoded: list[list[int]] = setting.tokenizer(list(prompts), verbose=False)["input_ids"]
-    limit = getattr(setting.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = setting.context
     for index, ids in enumerate(encoded):
         if not ids:
             raise UserError(f"prompts must hold tokens, got none in number {index + 1}, {prompts[index]!r}")
@@ -136,7 +148,8 @@ def read_prompts(source: str) -> list[str]:
     """
     if Path(source).suffix == ".txt":
         try:
-            return Path(source).expanduser().read_text(encoding="utf-8-sig").rstrip().splitlines()
+            lines = Path(source).expanduser().read_text(encoding="utf-8-sig").split("\n")
+            return lines[:-1] if lines[-1] == "" else lines  # what ends a line begins none
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"prompts must be a readable file, got {error}") from None
     data = data_source(source)
@@ -190,8 +203,8 @@ def show_generation(
     if out is None:
         for prompt, text in zip(prompts, texts, strict=True):
             console.print(f"[bold]{'—' * 3}[/bold]")
-            console.print(prompt, style="dim", markup=False)
-            console.print(text, markup=False)
+            for each in (prompt, text):  # as it is: code is no markup, and a tab no spaces
+                console.file.write(f"{each}\n")
         return
     lines = [
         json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False)

@@ -229,7 +229,7 @@ def _text(text: TextWeights, ambiguous: Tensor) -> dict[str, Any]:
 def _length(setting: FusedSetting, record: FuseRecord) -> int:
     """Return how many tokens of a text are read: as many as in training, where the context has room."""
     trained = int(record.settings["max_length"])
-    return min(trained, getattr(setting.model.config.get_text_config(), "max_position_embeddings", trained))
+    return min(trained, setting.context or trained)
 
 
 def _drawn(source: str, setting: FusedSetting, length: int, examples: int) -> list[_Encoded]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from flowra_pipelines.errors import UserError
 from flowra_pipelines.progress import console
 from flowra_pipelines.training import LossCurve
 from flowra_pipelines.training_state import TrainingState, read_training_state, write_training_state
@@ -20,12 +21,19 @@ class PartialTraining:
     Args:
         folder: made if it is not there; one that was made from other inputs is emptied, and that is said.
         inputs: all that decides the result.
+
+    Raises:
+        UserError: if something else lies there.
     """
 
     def __init__(self, folder: Path, inputs: Mapping[str, Any]) -> None:
         self._folder = folder
         said = json.dumps(inputs, sort_keys=True, allow_nan=False)
         known = folder / "inputs.json"
+        if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not known.exists())):
+            raise UserError(
+                f"{folder} must be free for a training that is under way, got something else there. Move it."
+            )
         if folder.exists():
             try:
                 before = json.loads(known.read_text(encoding="utf-8"))

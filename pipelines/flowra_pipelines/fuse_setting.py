@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flowra_compose import AdapterState, read_adapter
-from flowra_compose.fusion import Fusion, Gates, Routing, adapter_names, fuse, read_gates
+from flowra_compose.fusion import Fusion, Gates, OtherPositionsError, Routing, adapter_names, fuse, read_gates
 from flowra_pipelines.composition import as_user_errors, task_names
 from flowra_pipelines.errors import UserError
 from flowra_pipelines.export import adapter_folder
@@ -68,17 +68,33 @@ class FusedSetting:
         """Of the adapters."""
         return tuple(self.adapters)
 
-    def fused(self, routing: Routing) -> Fusion:
-        """Put the adapters on the model.
+    @contextmanager
+    def fused(self, routing: Routing) -> Iterator[Fusion]:
+        """Within the block, have the adapters on the model.
 
-        Returns:
-            What takes them off again, also as a context manager.
+        Yields:
+            The fusion.
 
         Raises:
-            UserError: if they do not fit it, each other or the routing.
+            UserError: if they do not fit it, each other or the routing, which a pass through the model may show.
         """
         with as_user_errors():
-            return fuse(self.model, self.adapters, routing, heads_from=self.heads_from)
+            fusion = fuse(self.model, self.adapters, routing, heads_from=self.heads_from)
+        with fusion:
+            try:
+                yield fusion
+            except OtherPositionsError as error:
+                raise UserError(f"{error} Train them with --level module.") from None
+
+    @property
+    def context(self) -> int | None:
+        """The number of tokens that the model has positions for; None if it does not say, or any number will do."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if not isinstance(limit, int) or limit < 1:
+            return None
+        tables = (each for name, each in self.model.named_modules() if name.endswith("position_embeddings"))
+        padded = next((each.padding_idx for each in tables if isinstance(each, nn.Embedding)), None)
+        return limit if padded is None else limit - padded - 1  # RoBERTa counts from there
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """Pad examples to one batch; where they have a ``response``, 0 or 1 for each token, only 1 is a target."""
@@ -146,8 +162,10 @@ def open_setting(
         raise UserError("adapters must be at least one, got none. Give their folders.")
     folders = [adapter_folder(source) for source in sources]
     names = tuple(names or task_names(sources))
-    if len(names) != len(folders) or len(set(names)) < len(names):
-        raise UserError(f"names must be distinct, one for each of {len(folders)} adapters, got {', '.join(names)}")
+    if len(names) != len(folders) or len(set(names)) < len(names) or not all(each.strip() for each in names):
+        raise UserError(
+            f"names must be distinct and not empty, one for each of {len(folders)} adapters, got {', '.join(names)}"
+        )
     chosen = None if heads_from is None else _name_of(heads_from, names, sources)
     with as_user_errors():
         reader = reader_of(base, folders)
@@ -165,6 +183,8 @@ def open_setting(
     found = next((each for each in said.values() if each is not None), None)
     telling = [name for name, kind in kinds.items() if kind is not None] or [*names]
     carrier = chosen or next((name for name in telling if states[name].modules_to_save), telling[0])
+    if chosen is not None and not states[chosen].modules_to_save:
+        raise UserError(f"heads-from must be an adapter that brings trained modules, got {chosen}, which has none")
     folder = dict(zip(names, folders, strict=True))
     bare = bare_model(folder[carrier], base or found)
     nn.Module.to(bare.model, torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()

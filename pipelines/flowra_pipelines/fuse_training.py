@@ -231,6 +231,8 @@ def _schedule(settings: TrainSettings, examples: int) -> TrainingConfig:
     ):
         if rate is not None and not 0 < rate < math.inf:
             raise UserError(f"{option} must be a finite number > 0, got {rate}")
+    if not 0 <= settings.entropy_penalty < math.inf:
+        raise UserError(f"entropy penalty must be a finite number ≥ 0, got {settings.entropy_penalty}")
     steps = settings.steps
     if steps is None:
         steps = max(FEWEST_STEPS, math.ceil(settings.epochs * examples / settings.batch_size))
@@ -252,6 +254,8 @@ def _schedule(settings: TrainSettings, examples: int) -> TrainingConfig:
 def _options(settings: TrainSettings, names: Sequence[str]) -> GateOptions:
     if settings.primary is not None and settings.primary not in names:
         raise UserError(f"primary must be one of the adapters, {', '.join(names)}, got {settings.primary}")
+    if settings.primary is not None and settings.initial == "uniform":
+        raise UserError(f"primary must be left out with a uniform start, where all are alike, got {settings.primary}")
     with as_user_errors():
         return GateOptions(
             level=settings.level,

@@ -8,23 +8,29 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from flowra_adapters import attach, save_adapter
 from flowra_compose import read_adapter
 from flowra_compose.fusion import StaticWeights, fuse
-from flowra_pipelines import fuse_training
+from flowra_pipelines import fuse_generation, fuse_training
 from flowra_pipelines.cli import main
 from flowra_pipelines.config_sections import DataConfig
 from flowra_pipelines.data import load_text_data, tokenise
 from flowra_pipelines.fuse_examples import read_examples
-from flowra_pipelines.fuse_generation import GenerationSettings, generate
+from flowra_pipelines.fuse_generation import GenerationSettings, generate, read_prompts
 from flowra_pipelines.fuse_setting import FusedSetting, open_fused, open_setting, read_record
 from flowra_pipelines.fuse_training import FuseJob, TrainSettings, _real, _scored, train_gates
 from flowra_testing.tiny_runs import BAD, FILLER, write_tiny_bert, write_tiny_llama
@@ -336,6 +342,58 @@ def test_prompts_may_be_a_column_of_a_table(language: Path, gates: Path, tmp_pat
     assert len(out.read_text(encoding="utf-8").splitlines()) == 30
 
 
+def test_what_is_printed_is_the_text_itself(gates: Path, here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = "film[the:key:is]  # [bold]:warning:[/bold]\n\treturn b"
+    monkeypatch.setattr(fuse_generation, "generate", lambda *_: ["d[lo:key:hi]\n\tx = 1 "])
+    code, shown, complaint = here("fuse", "run", gates, "--prompt", prompt, "--max-new-tokens", 2)
+    assert code == 0, complaint
+    assert shown.endswith(f"{prompt}\nd[lo:key:hi]\n\tx = 1 \n")
+
+
+def test_prompts_of_a_file_are_its_lines_as_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("Q: one\u2028more \nAnswer: \n", encoding="utf-8")
+    assert read_prompts(str(file)) == ["Q: one\u2028more ", "Answer: "]
+    file.write_text("one\n\ntwo", encoding="utf-8")
+    assert read_prompts(str(file)) == ["one", "", "two"]
+
+
+def test_a_tokenizer_without_padding_writes_as_one_with(language: Path, gates: Path) -> None:
+    settings = GenerationSettings(max_new_tokens=3)
+    with open_fused(gates) as (setting, _, _):
+        wanted = generate(setting, ["the film is", "warm"], settings)
+        setting.tokenizer.pad_token = None
+        assert setting.tokenizer.pad_token_id is None
+        assert generate(setting, ["the film is", "warm"], settings) == wanted
+
+
+def test_a_folder_of_the_user_s_beside_out_is_left_alone(language: Path, tmp_path: Path, here: Here) -> None:
+    mine = tmp_path / "out.partial" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    assert "must be free for a training that is under way" in refused(here(*train(language, tmp_path / "out", *SHORT)))
+    assert mine.read_text() == "mine"
+    (tmp_path / "other.partial").write_text("mine")
+    assert "must be free for a training that is under way" in refused(
+        here(*train(language, tmp_path / "other", *SHORT))
+    )
+
+
+def test_a_model_that_counts_positions_from_its_padding_has_fewer(language: Path) -> None:
+    setting = open_setting([language / "a", language / "b"])
+    assert setting.context == 32
+    config = RobertaConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        max_position_embeddings=32, pad_token_id=1,
+    )  # fmt: skip
+    model = RobertaForSequenceClassification(config).eval()
+    limit = replace(setting, model=model).context
+    assert limit == 30
+    assert model(torch.full((1, limit), 5)).logits.isfinite().all()
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, limit + 1), 5))
+
+
 def test_gates_and_adapters_may_move_together(language: Path, gates: Path, tmp_path: Path, here: Here) -> None:
     for name in ("a", "b", "llama", "gates"):
         shutil.copytree(language / name, tmp_path / "moved" / name)
@@ -371,6 +429,10 @@ def test_what_cannot_be_run_is_one_line(language: Path, gates: Path, tmp_path: P
     model.lm_head.weight.data += 1
     model.save_pretrained(other)
     assert "base must be the one that the gates were trained on" in run("--base", other, "--prompt", "a")
+    assert "temperature must be 0, for the likeliest token, or 0.01 to 100" in run(
+        "--prompt", "a", "--temperature", 1e-50
+    )
+    assert here("fuse", "run", gates, "--prompt", "a", "--temperature", 1, "--seed", 10**30)[0] == 2
     assert "gates must be a folder that flowra fuse train wrote" in refused(
         here("fuse", "run", language / "a", "--prompt", "a")
     )
@@ -395,6 +457,16 @@ def test_what_cannot_be_trained_is_one_line(language: Path, gates: Path, tmp_pat
     assert "bias learning rate must be a finite number > 0, got nan" in run(
         *both, options=("--bias-learning-rate", "nan")
     )
+    assert "entropy penalty must be a finite number ≥ 0, got inf" in run(*both, options=("--entropy-penalty", "inf"))
+    assert "primary must be left out with a uniform start" in run(
+        *both, options=("--initial", "uniform", "--primary", "a")
+    )
+    assert "names must be distinct and not empty" in run(*both, options=("--names", ",b"))
+    assert "heads-from must be an adapter that brings trained modules, got a" in run(
+        *both, options=("--heads-from", "a")
+    )
+    for options in (("--label", "answer"), ("--labels", "x,y")):
+        assert "label and labels must be left out with a language model" in run(*both, options=options)
     other = write_tiny_llama(tmp_path / "other")
     moved = tmp_path / "c"
     shutil.copytree(language / "b", moved)

@@ -12,7 +12,7 @@ from transformers import BertForSequenceClassification, T5Config, T5ForCondition
 from compose.fusion.families import PAD, family, ids
 from compose.fusion.stacks import adapter, adapters_of, merged, randomised, stack, states
 from flowra_compose import AdapterState, LowRankUpdate
-from flowra_compose.fusion import Arrow, GateOptions, SpectR, StaticWeights, fuse, gates_for
+from flowra_compose.fusion import Arrow, GateOptions, OtherPositionsError, SpectR, StaticWeights, fuse, gates_for
 from flowra_testing.tiny_models import bert_classifier, mlp, seeded
 
 
@@ -221,6 +221,66 @@ def test_modules_that_see_other_positions_than_their_block_are_refused_when_they
         model.blocks[0](states())
         with pytest.raises(RuntimeError, match="Use gates of level 'module'"):
             model.blocks[0].up(states(length=3))
+
+
+class Twice(nn.Module):
+    """A block that sends something else through a layer of its own, too, as DeBERTa its relative positions."""
+
+    def __init__(self, places: int) -> None:
+        super().__init__()
+        self.key = nn.Linear(8, 8).double()
+        self.places = nn.Parameter(torch.randn(1, places, 8, dtype=torch.float64))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.key(hidden) + self.key(self.places).sum(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("places", [3, 5, 7])
+def test_a_layer_that_sees_something_else_as_well_is_refused_whatever_its_length(places: int) -> None:
+    model = stack()
+    model.blocks[1] = Twice(places)
+    adapters = {name: adapter(model, ("key",), 2, seed=seed) for seed, name in enumerate(("one", "other"))}
+    hidden = states(length=5, size=1)
+    assert hidden.shape[:2] == (1, 5)
+    with fuse(model, adapters, gates_for(model, adapters).double()):
+        for _ in range(2):
+            with pytest.raises(OtherPositionsError, match="Use gates of level 'module'"):
+                model(hidden)
+    with fuse(model, adapters, gates_for(model, adapters, GateOptions(level="module")).double()):
+        assert model(hidden).isfinite().all()
+
+
+def test_an_axis_of_one_between_batch_and_positions_is_no_other_position() -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.key = nn.Linear(8, 8).double()
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return hidden + self.key(hidden.unsqueeze(1)).squeeze(1)
+
+    model = stack()
+    model.blocks[1] = Wide()
+    adapters = {name: adapter(model, ("key",), 2, seed=seed) for seed, name in enumerate(("one", "other"))}
+    with fuse(model, adapters, StaticWeights([0.3, 0.7])):
+        expected = model(states())
+    gates = gates_for(model, adapters, GateOptions(initial="uniform")).double()
+    with torch.no_grad():
+        for gate in gates:
+            gate.bias += torch.tensor([-0.2, 0.2])
+    with fuse(model, adapters, gates):
+        torch.testing.assert_close(model(states()), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_part_of_a_model_that_is_fused_makes_the_whole_one_that_is() -> None:
+    model = nn.Sequential(stack())
+    adapters = {"a": adapter(model, ("up",), 2), "b": adapter(model, ("up",), 1)}
+    inner = {"a": adapter(model[0], ("up",), 2), "b": adapter(model[0], ("up",), 1)}
+    with (
+        fuse(model[0], inner, StaticWeights([1, 0])),
+        pytest.raises(ValueError, match="model must carry no fusion yet, got one"),
+    ):
+        fuse(model, adapters, StaticWeights([1, 0]))
 
 
 def test_names_of_places_are_those_of_the_blocks_around_the_modules() -> None:

@@ -201,13 +201,26 @@ def test_a_module_that_one_adapter_updates_has_that_update_times_its_weight() ->
     x = states()
     with fuse(model, adapters, gates) as fusion, fusion.recording() as record, torch.no_grad():
         model.blocks[0](x)
-        weights = record.weights["blocks.0"][0]
+        model.blocks[0](x)  # after the first pass a module may be called by itself
+        weights = record.weights["blocks.0"][-1]
         down = model.get_submodule("blocks.0.down")
         inner = states(width=16)
         found = down(inner)
     update = adapters["language"].updates["blocks.0.down"].delta_weight()
     assert [name for name, one in adapters.items() if "blocks.0.down" in one.updates] == ["language"]
     torch.testing.assert_close(found, down(inner) + weights[..., :1] * (inner @ update.T), **EXACT)
+
+
+def test_the_record_of_a_module_s_own_gate_has_0_for_an_adapter_that_leaves_it_alone() -> None:
+    model = stack(layers=1)
+    adapters = adapters_of(model, "stack", 3)
+    gates = randomised(gates_for(model, adapters, GateOptions(level="module"))).double()
+    with fuse(model, adapters, gates) as fusion, fusion.recording() as record, torch.no_grad():
+        model(states())
+    for place, (weights,) in record.weights.items():
+        for index, one in enumerate(adapters.values()):
+            assert bool((weights[..., index] == 0).all()) is (place not in one.updates)
+    assert not all("blocks.0.down" in one.updates for one in adapters.values())
 
 
 def test_adapters_of_any_ranks_and_scalings_are_taken() -> None:

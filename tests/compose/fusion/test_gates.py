@@ -194,6 +194,13 @@ def test_top_k_keeps_the_weights_of_the_largest_magnitude(top_k: int, seed: int)
     assert (whole.abs().where(kept, torch.inf).amin(-1) >= whole.abs().where(~kept, -1).amax(-1)).all()
 
 
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_top_k_of_equals_keeps_them_all(count: int) -> None:
+    gate = Gate(count, 4, GateOptions(initial="uniform", top_k=1))
+    weights, _ = gate(torch.randn(6, 4))
+    torch.testing.assert_close(weights, torch.full((6, count), 1 / count))
+
+
 def test_top_k_at_birth_keeps_the_primary() -> None:
     weights, _ = Gate(3, 8, GateOptions(top_k=1, primary=1))(states())
     torch.testing.assert_close(weights, torch.eye(3, dtype=torch.float64)[1].expand_as(weights), rtol=0, atol=1e-7)
@@ -217,10 +224,14 @@ def test_a_gate_counts_in_float32_at_least(dtype: torch.dtype) -> None:
     [
         ({"level": "token"}, "level must be one of layer, step, module, got 'token'"),
         ({"initial": "zero"}, "initial must be one of primary, uniform"),
+        (
+            {"initial": "uniform", "primary": 0},
+            "primary must be left out with a uniform start, where all are alike, got 0",
+        ),
         ({"gate_input": "raw"}, "gate_input must be one of residual, normed"),
-        ({"temperature": 0.0}, "temperature must be a finite number > 0"),
-        ({"temperature": float("nan")}, "temperature must be a finite number > 0"),
-        ({"temperature": float("inf")}, "temperature must be a finite number > 0"),
+        ({"temperature": 0.0}, "temperature must be a number from 1e-6 to 1e6"),
+        ({"temperature": float("nan")}, "temperature must be a number from 1e-6 to 1e6"),
+        ({"temperature": float("inf")}, "temperature must be a number from 1e-6 to 1e6"),
         ({"rank": 0}, "rank must be a whole number ≥ 1, or None, got 0"),
         ({"rank": True}, "rank must be a whole number"),
         ({"top_k": 0}, "top_k must be a whole number ≥ 1"),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from flowra_compose.fusion import (
 from flowra_compose.fusion.failure_signs import (
     ALMOST_ALL,
     AMBIGUOUS_SHARE,
+    BEYOND,
     FAR_SUM,
     FEWEST_POSITIONS,
     LOSS_GAP,
@@ -35,7 +37,7 @@ from flowra_compose.fusion.failure_signs import (
     STANDARD_GAP,
     birth_weights,
 )
-from flowra_compose.fusion.gates import Level
+from flowra_compose.fusion.gates import Gate, Level
 from flowra_compose.fusion.inspection import AMBIGUOUS_ENTROPY, layer_of
 
 LAYERS = ("model.layers.0", "model.layers.1")
@@ -342,20 +344,48 @@ def test_saturated_gates_are_told_where_it_is_almost_everywhere(count: int, expe
 
 def test_weights_out_of_the_range_of_birth_are_told_from_a_share_of_positions_on() -> None:
     assert OUTSIDE_SHARE == 0.05
+    moved = BIAS + (BEYOND + 0.02) * torch.tensor([1.0, -1.0])
     for count, expected in ((4, ["out of range"]), (3, [])):
         shares = varied(layers=4, positions=20)
-        shares[0, :count, 0] = -0.01  # with the bias of birth −0.51
-        assert kinds(inspection(shares)) == expected
-    shares[0, :4, 1] = 1.01
-    assert sign(inspection(shares), "out of range").found == (
-        "At 5.0% of places and tokens a weight is below -0.5 or above 1.5: model.layers.0."
+        shares[0, :count] = torch.tensor([0.99, 0.01], dtype=torch.float64)
+        assert kinds(inspection(shares)) == []
+        assert kinds(inspection(shares, bias=moved)) == expected
+    shares[0, :4] = torch.tensor([0.99, 0.01], dtype=torch.float64)
+    assert sign(inspection(shares, bias=moved), "out of range").found == (
+        "At 5.0% of places and tokens a weight lies more than 0.25 beyond what the softmax and the bias of birth can"
+        " reach: model.layers.0."
     )
+
+
+@pytest.mark.parametrize("initial", ["primary", "uniform"])
+@pytest.mark.parametrize(("count", "top_k"), [(2, None), (3, None), (4, 2), (8, None), (8, 3)])
+def test_gates_whose_bias_has_not_moved_have_no_sign_of_one(
+    count: int, top_k: int | None, initial: Literal["primary", "uniform"]
+) -> None:
+    options = GateOptions(initial=initial, top_k=top_k)
+    gate = Gate(count, 16, options)
+    generator = torch.Generator().manual_seed(count)
+    torch.nn.init.normal_(gate.weight, std=1.0, generator=generator)
+    with torch.no_grad():
+        weights, shares = gate(torch.randn(3, 50, 16, generator=generator))
+    text = TextWeights(tokens=tuple(map(str, range(50))), weights=weights, shares=shares)
+    found = GateInspection(
+        adapters=tuple("abcdefgh"[:count]), level="layer", places=("l.0", "l.1", "l.2"), texts=(text,), options=options
+    )
+    assert not {"out of range", "far sum"} & {*kinds(found)}
+
+
+def test_places_that_never_decide_do_not_make_the_others_ambiguous() -> None:
+    shares = torch.cat([torch.full((19, 20, 2), 0.5, dtype=torch.float64), varied(layers=11, positions=20)])
+    assert not inspection(shares).ambiguous()[0].any()
+    assert "ambiguous prefixes" not in kinds(inspection(shares))
+    assert inspection(shares[:19]).ambiguous()[0].all()  # where none ever does, nothing decides anywhere
 
 
 @pytest.mark.parametrize(("far", "expected"), [(1.01, ["far sum"]), (0.99, []), (-0.99, []), (-1.01, ["far sum"])])
 def test_a_sum_of_weights_far_from_1_is_told(far: float, expected: list[str]) -> None:
     bias = far * FAR_SUM * torch.tensor([0.5, 0.5], dtype=torch.float64)
-    assert kinds(inspection(varied(), bias=bias)) == expected
+    assert kinds(inspection(varied(), bias=bias, options=GateOptions(initial="uniform"))) == expected
 
 
 def test_a_gap_of_losses_is_told_from_its_threshold_on() -> None:

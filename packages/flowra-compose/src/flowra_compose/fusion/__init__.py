@@ -7,7 +7,7 @@
 """
 
 from flowra_compose.fusion.failure_signs import FailureSign, failure_signs, loss_gap_warning, weight_gap_warning
-from flowra_compose.fusion.fusion import Fusion, fuse, gates_for
+from flowra_compose.fusion.fusion import Fusion, OtherPositionsError, fuse, gates_for
 from flowra_compose.fusion.fusion_record import FusionRecord
 from flowra_compose.fusion.gate_files import adapter_fingerprint, adapter_names, read_gates, write_gates
 from flowra_compose.fusion.gates import Gate, GateOptions, Gates
@@ -24,6 +24,7 @@ __all__ = [
     "GateInspection",
     "GateOptions",
     "Gates",
+    "OtherPositionsError",
     "Routing",
     "SpectR",
     "StaticSearch",

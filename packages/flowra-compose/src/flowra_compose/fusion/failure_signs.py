@@ -30,10 +30,11 @@ AMBIGUOUS_SHARE = 0.1
 SATURATED_SHARE = 0.999
 """Largest share from which a softmax counts as saturated: its gradient p (1 − p) is then below 0.001, where at birth
 with two adapters it is 0.25."""
-USUAL_RANGE = (-0.5, 1.5)
-"""Of weights: what softmax and the bias at birth can reach with two adapters. Beyond it the bias has taken over."""
+BEYOND = 0.25
+"""How far a weight may lie beyond what softmax and the bias of birth can reach: an adapter is then a quarter stronger
+or weaker than any gate makes it whose bias has not moved. Beyond it the bias has taken over."""
 OUTSIDE_SHARE = 0.05
-"""Share of positions with a weight outside of :data:`USUAL_RANGE` from which it is a sign."""
+"""Share of positions with a weight farther than :data:`BEYOND` from which it is a sign."""
 FAR_SUM = 0.25
 """How far the sum of a place's weights may be from 1: adapters were trained at 1, and a quarter more or less of what
 they add is a change of their strength, not of their mixture."""
@@ -182,8 +183,8 @@ def _unmoved(inspection: GateInspection) -> tuple[list[FailureSign], bool]:
     """Find gates that are where they were born, and tell whether all are."""
     if inspection.options is None:
         return [], False
-    birth = birth_weights(len(inspection.adapters), inspection.options)
-    moved = (inspection.weights() - birth.double()).abs().amax(dim=(1, 2))
+    birth, weights = birth_weights(len(inspection.adapters), inspection.options), inspection.weights()
+    moved = ((weights - birth.double()).abs() * (weights != 0)).amax(dim=(1, 2))
     names = [name for name, far in zip(inspection.places, moved, strict=True) if far < SAME_WEIGHTS]
     if not names:
         return [], False
@@ -282,10 +283,25 @@ def _saturated(inspection: GateInspection) -> list[FailureSign]:
     ]
 
 
+def _biases(inspection: GateInspection, options: GateOptions) -> tuple[Tensor, Tensor]:
+    """Return the biases of all places, ``(places, k)``, and those of birth, ``(k,)``: w is softmax + b unless it is 0.
+
+    A weight is exactly 0 where top-k routing, or an adapter that leaves the module alone, has made it so.
+    """
+    count = len(inspection.adapters)
+    birth = birth_weights(count, replace(options, top_k=None)).double() - 1 / count
+    weights, shares = inspection.weights(), inspection.shares()
+    told = weights != 0
+    means = ((weights - shares) * told).sum(dim=1) / told.sum(dim=1).clamp(min=1)
+    return torch.where(told.any(dim=1), means, birth), birth
+
+
 def _outside(inspection: GateInspection) -> list[FailureSign]:
-    low, high = USUAL_RANGE
-    weights = inspection.weights()
-    outside = ((weights < low) | (weights > high)).any(dim=-1)
+    if inspection.options is None:
+        return []
+    biases, birth = _biases(inspection, inspection.options)
+    weights = inspection.shares() + biases[:, None]
+    outside = ((weights < birth - BEYOND) | (weights > 1 + birth + BEYOND)).any(dim=-1)
     share = float(outside.double().mean())
     if share < OUTSIDE_SHARE:
         return []
@@ -293,8 +309,8 @@ def _outside(inspection: GateInspection) -> list[FailureSign]:
     return [
         FailureSign(
             kind="out of range",
-            found=f"At {share:.1%} of places and tokens a weight is below {low:g} or above {high:g}"
-            + (f": {_named(names)}." if inspection.level != "step" else "."),
+            found=f"At {share:.1%} of places and tokens a weight lies more than {BEYOND:g} beyond what the softmax and"
+            " the bias of birth can reach" + (f": {_named(names)}." if inspection.level != "step" else "."),
             advice="The bias, outside of the softmax, has carried the weights there: train at a lower rate, or for"
             " fewer steps.",
         )
@@ -302,7 +318,9 @@ def _outside(inspection: GateInspection) -> list[FailureSign]:
 
 
 def _far_sum(inspection: GateInspection) -> list[FailureSign]:
-    sums = inspection.weights().sum(dim=-1).mean(dim=1)
+    if inspection.options is None:
+        return []
+    sums = 1 + _biases(inspection, inspection.options)[0].sum(dim=-1)
     far = [name for name, each in zip(inspection.places, sums, strict=True) if abs(float(each) - 1) > FAR_SUM]
     if not far:
         return []

@@ -24,10 +24,16 @@ from flowra_compose.lazy_updates import outlines_of
 from flowra_compose.low_rank import AdapterState, LowRankUpdate
 from flowra_compose.merge import heads_source
 
-__all__ = ["Fusion", "fuse", "gates_for"]
+__all__ = ["Fusion", "OtherPositionsError", "fuse", "gates_for"]
 
 CHILD = "flowra_fusion"
 """Name under which the model holds what is fused, while it is."""
+SAMPLE = 16
+"""Numbers of an input by which it is known again."""
+
+
+class OtherPositionsError(RuntimeError):
+    """A module saw other positions than its block, so that the block's weights say nothing of them."""
 
 
 class _Slot:
@@ -42,14 +48,35 @@ class _Slot:
         self.weights: Tensor | None = None
         self.expanded: dict[tuple[tuple[int, ...], torch.dtype], Tensor] = {}
         self.gradients = False
+        self.first: dict[str, Tensor] | None = {}
+        self.refused = False
 
     def set(self, weights: Tensor) -> None:
+        self.first = {} if self.weights is None or self.refused else None
         self.weights = weights
         self.gradients = torch.is_grad_enabled()
         self.expanded.clear()
         for each in self.modules:
             if each.kind not in self.expanded:
                 self.expanded[each.kind] = each.expanded(weights)
+
+    def check_seen(self, name: str, x: Tensor) -> None:
+        """Refuse a module that one pass through the block calls with two inputs, of which one is not its positions.
+
+        The first pass is looked at; recomputing it from a checkpoint gives the same input again.
+
+        Raises:
+            OtherPositionsError: if it is.
+        """
+        if self.first is None:
+            return
+        sample = x.detach().reshape(-1)[:SAMPLE].clone()
+        if not torch.equal(self.first.setdefault(name, sample), sample):
+            self.refused = True
+            raise OtherPositionsError(
+                f"modules must see the positions of their block once in a pass, got two inputs at {name!r}, as where"
+                " relative positions go through the same layer. Use gates of level 'module' for this model."
+            )
 
 
 class _FusedUpdates(nn.Module):
@@ -111,6 +138,7 @@ class Fusion(nn.Module):
         hosts, updates = _updates_by_module(model, list(adapters.values()))
         _check_routing(model, routing, updates)
         self.updates = nn.ModuleList(_FusedUpdates(each) for each in updates.values())
+        self._ranks = {name: tuple(0 if one is None else one.rank for one in each) for name, each in updates.items()}
         self._enabled = True
         self._records: list[FusionRecord] = []
         self._undo: list[Callable[[], object]] = []
@@ -218,8 +246,8 @@ class Fusion(nn.Module):
             else:
                 seen = None if slot.weights is None else slot.weights.shape[:-1]
                 flattened = flat and seen is not None and x.shape[:-1] == (seen.numel(),)  # (batch · positions, n)
-                if seen != x.shape[:-1] and not flattened:
-                    raise RuntimeError(
+                if not flattened and (seen is None or not _same_positions(seen, x.shape[:-1])):
+                    raise OtherPositionsError(
                         f"modules must see the positions that their block saw, got {tuple(x.shape)} at {name!r}."
                         " Use gates of level 'module' for this model."
                     )
@@ -228,8 +256,10 @@ class Fusion(nn.Module):
                         f"modules must keep gradients where their gate does, got other modes at {name!r}."
                         " Checkpoint activations with use_reentrant=False."
                     )
+                slot.check_seen(name, x)
                 expanded = slot.expanded[updates.kind]
-                expanded = expanded.flatten(0, -2) if flattened else expanded
+                if expanded.shape[:-1] != x.shape[:-1]:
+                    expanded = expanded.reshape(*x.shape[:-1], expanded.shape[-1])
             return updates.added(output, coordinates, expanded)
 
         self._undo.append(host.register_forward_hook(after).remove)
@@ -237,9 +267,16 @@ class Fusion(nn.Module):
     def _weights(self, place: str, hidden: Tensor, coordinates: Tensor | None = None) -> Tensor:
         weights, shares = self.routing.weights(place, hidden, coordinates)
         for record in self._records:
-            record.weights.setdefault(place, []).append(weights)
+            record.weights.setdefault(place, []).append(self._multiplying(place, weights))
             record.shares.setdefault(place, []).append(shares)
         return weights
+
+    def _multiplying(self, place: str, weights: Tensor) -> Tensor:
+        """Return weights with 0 where a module's own gate weighs an adapter that does not update the module."""
+        if self.routing.level != "module":
+            return weights
+        present = torch.tensor([rank > 0 for rank in self._ranks[place]], device=weights.device)
+        return weights * present
 
 
 def fuse(
@@ -264,7 +301,7 @@ def fuse(
         ValueError: if the adapters do not fit the routing, each other or the model.
     """
     states = list(adapters.values())
-    if hasattr(model, CHILD):
+    if any(hasattr(each, CHILD) for each in model.modules()):
         raise ValueError("model must carry no fusion yet, got one. Call its remove() first.")
     if not adapters or routing.adapters != len(adapters):
         raise ValueError(
@@ -342,6 +379,12 @@ def _check_routing(model: nn.Module, routing: Routing, updates: Mapping[str, Seq
                 f"routing must be made of the adapters that are fused, in their order, got {type(routing).__name__} of"
                 " others"
             )
+
+
+def _same_positions(seen: Sequence[int], here: Sequence[int]) -> bool:
+    """Tell whether shapes differ by axes of length 1 at most: some models put one between batch and positions."""
+    kept = [[size for size in shape if size != 1] for shape in (seen, here)]
+    return seen[:1] == here[:1] and kept[0] == kept[1]
 
 
 def _device(hosts: Mapping[str, nn.Module]) -> torch.device:

@@ -40,27 +40,32 @@ class GateOptions:
     initial: Literal["primary", "uniform"] = "primary"
     """``primary``: at birth one adapter has weight 1 and the others 0. ``uniform``: each has 1/k."""
     primary: int = -1
-    """Which adapter that is, as an index; by default the last. The paper's order is language, then task."""
+    """Which adapter that is, as an index; by default the last. The paper's order is language, then task. With
+    ``uniform`` there is none, and this must be left as it is."""
     temperature: float = 1.0
-    """τ > 0. The paper's code generates at 1.1 in two of its six settings and trains at 1."""
+    """τ, 1e-6 to 1e6. The paper's code generates at 1.1 in two of its six settings and trains at 1."""
     gate_input: Literal["residual", "normed"] = "residual"
     """``normed`` divides h by its root mean square, for the residual stream grows with depth, and so do the scores."""
     rank: int | None = None
     """Of W_g, 1 to min(k, d); None for a full one."""
     top_k: int | None = None
-    """Largest number of adapters with a weight other than 0 at one position, those of the largest |w|; None for all."""
+    """Largest number of adapters with a weight other than 0 at one position, those of the largest |w|; None for all.
+    Equals of the last of them stay, too, for no order of the adapters is better than another. What stays keeps its
+    weight, so the sum is another."""
 
     def __post_init__(self) -> None:
         _one_of("level", self.level, ("layer", "step", "module"))
         _one_of("initial", self.initial, ("primary", "uniform"))
         _one_of("gate_input", self.gate_input, ("residual", "normed"))
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be a finite number > 0, got {self.temperature}")
+        if isinstance(self.temperature, bool) or not 1e-6 <= self.temperature <= 1e6:
+            raise ValueError(f"temperature must be a number from 1e-6 to 1e6, got {self.temperature!r:.40}")
         for name, value in (("rank", self.rank), ("top_k", self.top_k)):
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} must be a whole number ≥ 1, or None, got {value!r}")
         if type(self.primary) is not int:
             raise ValueError(f"primary must be the index of an adapter, got {self.primary!r}")
+        if self.initial == "uniform" and self.primary != -1:
+            raise ValueError(f"primary must be left out with a uniform start, where all are alike, got {self.primary}")
 
 
 class Gate(nn.Module):
@@ -116,8 +121,8 @@ class Gate(nn.Module):
             shares = torch.softmax(self._scores(h) / self.options.temperature, dim=-1)
         weights = shares + self.bias.to(h.dtype)
         if self.options.top_k is not None and self.options.top_k < weights.shape[-1]:
-            kept = weights.detach().abs().topk(self.options.top_k, dim=-1).indices
-            weights = weights * torch.zeros_like(weights).scatter(-1, kept, 1.0)
+            sizes = weights.detach().abs()
+            weights = weights * (sizes >= sizes.topk(self.options.top_k, dim=-1).values[..., -1:])
         return weights, shares
 
     def _scores(self, h: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ AMBIGUOUS_ENTROPY = 0.98
 MOST = 0.5
 """Share of the places that must not decide for a position to be ambiguous, and of the layers that must differ for a gap
 of weights."""
+VARYING = 0.01
+"""Spread over positions from which the shares of a place are not all the same."""
 
 NUMBER = re.compile(r"^(.*?(?:^|\.)\d+)(?:\.|$)")
 
@@ -141,12 +143,16 @@ class GateInspection:
         return _floats(self.weights().var(dim=0, correction=0).mean(dim=0).sqrt())
 
     def ambiguous(self) -> list[Tensor]:
-        """Tell the positions of each text whose shares do not decide in most places.
+        """Tell the positions of each text whose shares do not decide in most of the places where they ever do.
+
+        A place whose shares are the same at all positions decides nothing anywhere, and is left out.
 
         Returns:
             For each text whether, ``(positions,)``, bool.
         """
-        return [_undecided(each.shares.double()) for each in self.texts]
+        varying = self.shares().std(dim=1, correction=0).amax(dim=-1) >= VARYING
+        kept = varying if bool(varying.any()) else torch.ones_like(varying)
+        return [_undecided(each.shares[kept].double()) for each in self.texts]
 
 
 def layer_of(place: str) -> str:
