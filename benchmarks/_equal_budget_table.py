@@ -13,7 +13,7 @@ from _holm import holm
 from _results import Row
 from scipy import stats
 
-__all__ = ["Outcome", "Table", "between", "draw", "halves", "over_all", "show"]
+__all__ = ["Outcome", "Table", "as_markdown", "between", "draw", "halves", "over_all", "show"]
 
 
 def halves(values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -102,6 +102,27 @@ class Table:
         seeds = sorted(set.intersection(*(set(each.runs) for each in pair)))
         loss, other = (each.values("losses", seeds) for each in pair)
         return loss - other
+
+
+def as_markdown(table: Table) -> str:
+    """Return the table as docs/results/refinement.md has it."""
+    headings = ["", "learning rate", "parameters, at the end / at the peak", "loss", "accuracy", "difference"]
+    rows, best = [headings, ["---"] * len(headings)], min(table.methods, key=lambda name: table.methods[name].loss)
+    for name, each in table.methods.items():
+        losses, difference = each.values("losses").mean(1), table.difference(name)
+        low, high = bootstrap(difference)
+        told = f"{difference.mean():+.3f} [{low:+.3f}, {high:+.3f}]".replace("-", "−")
+        rows.append([
+            f"**{name}**" if name == best else name,
+            f"{1000 * each.rate:g}e-3" + (" \\*" if each.at_the_edge else ""),
+            (f"{each.fewest:,}–" if each.fewest < each.parameters else "") + f"{each.parameters:,} / {each.peak:,}",
+            f"{losses.mean():.3f} ± {losses.std(ddof=1):.3f}",
+            f"{100 * each.values('scores').mean():.1f}",
+            "" if name == table.reference else told,
+        ])
+    column = headings.index("accuracy")
+    kept = rows if table.accuracy else [[*row[:column], *row[column + 1 :]] for row in rows]
+    return f"**{table.title}**\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in kept)
 
 
 def show(table: Table) -> list[Row]:

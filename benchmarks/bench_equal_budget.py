@@ -34,7 +34,7 @@ from typing import Any, Protocol
 
 import peft
 import torch
-from _equal_budget_table import Outcome, Table, between, draw, halves, over_all, show
+from _equal_budget_table import Outcome, Table, as_markdown, between, draw, halves, over_all, show
 from _precision import fast_dtype
 from _results import write
 from _shared_work import Elsewhere, claimed, share
@@ -621,12 +621,13 @@ def main() -> None:
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--finished", action="store_true", help="report what is there, run nothing")
+    parser.add_argument("--markdown", action="store_true", help="print the tables of docs/results/refinement.md alone")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     keys = arguments.tasks.split(",")
-    if not arguments.finished:
+    if not arguments.finished and not arguments.markdown:
         to_go = hours(keys, arguments.folder, seeds=arguments.seeds)
         print(f"about {to_go:.1f} hours to go in one process, more where the best rate is at the edge", flush=True)
         pieces = product(keys, METHODS | AT_PEAK)
@@ -634,6 +635,9 @@ def main() -> None:
     rows = []
     found = [tables(key, arguments.folder, seeds=arguments.seeds) for key in keys]
     at_budget = [each for each, _ in found if each is not None]
+    if arguments.markdown:
+        print("\n\n".join(as_markdown(each) for pair in zip(*found, strict=True) for each in pair if each is not None))
+        return
     for each in at_budget:
         rows += show(each)
         rows += between(each, COMPARED)
